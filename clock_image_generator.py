@@ -1,0 +1,166 @@
+"""Pictures of analogue clocks: a time in, an RGB picture out.
+
+Hands move as on a real clock: the hour hand creeps on with the minutes, the minute hand with the seconds. A picture is
+drawn enlarged and then shrunk, which smooths every edge, and nothing in it is random: the same time, style and size
+give the same bytes. `python clock_image_generator.py` draws the example sheet `plots/temp_clock.png`.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+ENLARGED = 4  # how many times larger a picture is drawn than it will be: shrinking smooths the edges
+MIN_SIZE, MAX_SIZE = 16, 1024  # pixels: below the hands merge, above a picture costs too much
+
+
+@dataclass(frozen=True)
+class Hand:
+    """One hand; lengths are shares of the dial's radius."""
+
+    length: float
+    width: float
+    colour: str
+    tail: float = 0.0  # how far it reaches behind the centre
+
+
+@dataclass(frozen=True)
+class Style:
+    """The look of a clock. Hands are drawn hour, minute, second, so the thinner one lies on top and hides little."""
+
+    hour: Hand
+    minute: Hand
+    second: Hand
+    hub: float = 0.05  # radius of the disc that the hands turn on
+    minute_ticks: bool = False
+    numerals: bool = False
+
+
+THIN_BLACK = {
+    "hour": Hand(0.50, 0.050, "black", tail=0.08),
+    "minute": Hand(0.74, 0.032, "black", tail=0.10),
+    "second": Hand(0.86, 0.014, "black", tail=0.16),
+}
+BOLD_COLOURS = {
+    "hour": Hand(0.50, 0.28, "#d81e1e"),
+    "minute": Hand(0.74, 0.16, "#0f9d3a"),
+    "second": Hand(0.92, 0.07, "#1f3fe0"),
+}
+THIN_COLOURS = {
+    "hour": Hand(0.50, 0.06, "#d81e1e"),
+    "minute": Hand(0.74, 0.05, "#0f9d3a"),
+    "second": Hand(0.92, 0.04, "#1f3fe0"),
+}
+
+STYLES = {
+    "classic": Style(**THIN_BLACK, minute_ticks=True),  # thin black hands that differ in length only
+    "numerals": Style(**THIN_BLACK, minute_ticks=True, numerals=True),  # the same with 1 to 12 on the dial
+    "bold": Style(**BOLD_COLOURS, hub=0.14),  # thick hands, a colour each: legible at 56 pixels
+    "thin": Style(**THIN_COLOURS),  # bold's dial and colours with thin hands: what carries over from bold?
+}
+
+
+class ClockImageGenerator:
+    """Draws clocks of one look.
+
+    Args:
+        size: width and height of the picture in pixels.
+        style: a name in `STYLES`.
+        rotation: by how many degrees the whole dial is turned clockwise; a triangle always marks 12 o'clock.
+        second_hand: whether the second hand is drawn.
+
+    Raises:
+        ValueError: for an unknown style, or a size or rotation that makes no picture.
+    """
+
+    def __init__(self, size: int = 224, style: str = "classic", rotation: float = 0.0, second_hand: bool = True):
+        if style not in STYLES:
+            raise ValueError(f"unknown clock style {style!r}; choose from {', '.join(STYLES)}")
+        if not isinstance(size, int) or not MIN_SIZE <= size <= MAX_SIZE:
+            raise ValueError(f"clock size must be a whole number of pixels from {MIN_SIZE} to {MAX_SIZE}, not {size!r}")
+        if not isinstance(rotation, int | float) or not math.isfinite(rotation):
+            raise ValueError(f"clock rotation must be a number of degrees, not {rotation!r}")
+        if not isinstance(second_hand, bool):
+            raise ValueError(f"second_hand must be true or false, not {second_hand!r}")
+        self.size = size
+        self.style = STYLES[style]
+        self.rotation = rotation
+        self.second_hand = second_hand
+        self._centre = size * ENLARGED / 2
+        self._radius = 0.96 * self._centre
+        self._dial = self._draw_dial()  # the same in every picture, so drawn once
+
+    def generate(self, hour: int, minute: int, second: int) -> Image.Image:
+        """The clock at `hour` (0 to 23), `minute` and `second` (0 to 59), an RGB picture of size x size pixels.
+
+        Raises:
+            ValueError: for a time that does not exist.
+        """
+        if not (0 <= hour <= 23 and 0 <= minute <= 59 and 0 <= second <= 59):
+            raise ValueError(f"no such time: {hour}:{minute}:{second}")
+        seconds = (hour % 12) * 3600 + minute * 60 + second
+        picture = self._dial.copy()
+        draw = ImageDraw.Draw(picture)
+        self._draw_hand(draw, self.style.hour, turn=seconds / 43200)
+        self._draw_hand(draw, self.style.minute, turn=seconds % 3600 / 3600)
+        if self.second_hand:
+            self._draw_hand(draw, self.style.second, turn=seconds % 60 / 60)
+        self._draw_disc(draw, self.style.hub, "black")
+        return picture.reduce(ENLARGED)
+
+    def _point(self, turn: float, distance: float, sideways: float = 0.0) -> tuple[float, float]:
+        """A place on the enlarged picture: `turn` of a full circle clockwise from 12 o'clock, `distance` radii out."""
+        angle = 2 * math.pi * (turn + self.rotation / 360)
+        x = distance * math.sin(angle) + sideways * math.cos(angle)
+        y = -distance * math.cos(angle) + sideways * math.sin(angle)
+        return self._centre + self._radius * x, self._centre + self._radius * y
+
+    def _draw_disc(self, draw: ImageDraw.ImageDraw, radius: float, fill: str, outline: str | None = None) -> None:
+        reach = radius * self._radius
+        box = [self._centre - reach] * 2 + [self._centre + reach] * 2
+        draw.ellipse(box, fill=fill, outline=outline, width=max(1, round(0.02 * self._radius)))
+
+    def _draw_hand(self, draw: ImageDraw.ImageDraw, hand: Hand, turn: float) -> None:
+        half = hand.width / 2
+        corners = [(-hand.tail, -half), (hand.length, -half), (hand.length, half), (-hand.tail, half)]
+        draw.polygon([self._point(turn, out, sideways) for out, sideways in corners], fill=hand.colour)
+
+    def _draw_dial(self) -> Image.Image:
+        side = self.size * ENLARGED
+        picture = Image.new("RGB", (side, side), "white")
+        draw = ImageDraw.Draw(picture)
+        self._draw_disc(draw, 1.0, "white", outline="black")
+        for tick in range(60):
+            is_hour = tick % 5 == 0
+            if is_hour or self.style.minute_ticks:
+                self._draw_hand(draw, Hand(0.98, 0.022 if is_hour else 0.01, "black", tail=-0.90), turn=tick / 60)
+        if self.style.numerals:
+            font = ImageFont.load_default(size=0.17 * self._radius)
+            for hour in range(1, 13):
+                draw.text(self._point(hour / 12, 0.76), str(hour), fill="black", font=font, anchor="mm")
+        draw.polygon([self._point(0, 0.86), self._point(0, 0.99, -0.07), self._point(0, 0.99, 0.07)], fill="black")
+        return picture
+
+
+def main() -> None:
+    """Draw the example sheet: a column for each style, for a rotated dial and for one without second hand."""
+    looks = [{"style": style} for style in STYLES] + [
+        {"style": "bold", "rotation": 30},
+        {"style": "classic", "second_hand": False},
+    ]
+    times = [(10, 8, 37), (3, 0, 15), (7, 45, 52)]
+    size = 224
+    sheet = Image.new("RGB", (size * len(looks), size * len(times)), "white")
+    for column, look in enumerate(looks):
+        generator = ClockImageGenerator(size, **look)
+        for row, time in enumerate(times):
+            sheet.paste(generator.generate(*time), (column * size, row * size))
+    path = Path(__file__).parent / "plots" / "temp_clock.png"
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
