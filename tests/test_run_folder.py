@@ -1,0 +1,859 @@
+"""What a run leaves on disk survives kills, full disks, second processes and strange text. The faults are real ones:
+processes killed with -9, file systems without space, files cut short."""
+
+import errno
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import run_folder
+from run_folder import RunFolder, RunFolderError, read_records
+
+ROOT = Path(run_folder.__file__).parent
+MIB = 2**20
+
+
+# --- helpers ---
+
+
+def new_run(path: Path, steps: int = 0) -> RunFolder:
+    folder = RunFolder(path)
+    folder.open_new(needed_bytes=0)
+    folder.write_config({"flags": {"seed": 0}})
+    for step in range(1, steps + 1):
+        folder.log_step({"step": step, "loss": 0.5})
+    return folder
+
+
+def save(folder: RunFolder, step: int, **options) -> Path:
+    """A checkpoint with 64 KiB of weights that tell their step."""
+
+    def save_model(path: Path) -> None:
+        (path / "config.json").write_text("{}")
+        (path / "model.safetensors").write_bytes(bytes([step]) * 2**16)
+
+    state = {"step": step, "optimizer": {"state": {0: {"exp_avg": torch.full((4,), float(step))}}, "lr": [1e-4]}}
+    return folder.save_checkpoint(step, save_model, state, **options)
+
+
+def group(example_id: str = "clock-test-0-3", text: str = "<answer>1</answer>", picture=None) -> dict:
+    completion = {"text": text, "rewards": {"format": 0.5}, "reward": 0.5, "advantage": None, "prediction": "1"}
+    return {"id": example_id, "prompt": "What?", "answer": "1", "completions": [completion], "image_data": picture}
+
+
+def log_steps(path: Path) -> list[int]:
+    """The steps in a log that has to be valid JSON, as any reader of JSON would see it."""
+    return [record["step"] for record in json.loads((path / "train_logs.json").read_text())]
+
+
+def names(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+def python(script: str, *args) -> list[str]:
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}", *map(str, args)]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def in_child(work, file_size_limit: int | None = None, kill_at: int | None = None) -> tuple[int, str]:
+    """Runs `work()` in a forked process; returns its exit status (-9: killed) and the RunFolderError it met, if any.
+
+    file_size_limit: no file may grow beyond that many bytes, which fails as a full disk does.
+    kill_at: kill -9 just before the n-th time that the process opens, makes, renames or removes a file or folder."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            if file_size_limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+            if kill_at:
+                left = [kill_at]
+
+                def hook(event: str, args: tuple) -> None:
+                    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+                        left[0] -= 1
+                        if left[0] == 0:
+                            os.kill(os.getpid(), signal.SIGKILL)
+
+                sys.addaudithook(hook)
+            work()
+            status = 0
+        except RunFolderError as error:
+            os.write(writing, str(error).encode())
+            status = 2
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        message = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), message
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB; `remount(options)` changes it. Skipped where mounting is not allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- the log ---
+
+
+def test_the_log_is_valid_json_after_every_call(tmp_path):
+    folder = new_run(tmp_path)
+    assert log_steps(tmp_path) == []
+    for step in range(1, 40):
+        folder.log_step({"step": step, "loss": 1 / step, "rewards/format": 0.5})
+        assert log_steps(tmp_path) == list(range(1, step + 1))
+    assert len((tmp_path / "train_logs.json").read_text().splitlines()) == 39 + 2  # a record a line
+    assert json.loads((tmp_path / "train_logs.json").read_text())[6] == {
+        "step": 7,
+        "loss": 1 / 7,
+        "rewards/format": 0.5,
+    }
+
+
+def test_appending_costs_the_same_however_long_the_log_is(tmp_path, monkeypatch):
+    written = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: written.append(len(data)) or pwrite(fd, data, at))
+
+    def seconds_per_append(records: int) -> float:
+        path = tmp_path / str(records)
+        folder = new_run(path)
+        lines = ",\n".join(json.dumps({"step": step, "text": "x" * 100}) for step in range(1, records + 1))
+        (path / "train_logs.json").write_text(f"[\n{lines}\n]\n")
+        written.clear()
+        seconds = []
+        for step in range(records + 1, records + 51):
+            start = time.perf_counter()
+            folder.log_step({"step": step})
+            seconds.append(time.perf_counter() - start)
+        assert log_steps(path)[-51:] == list(range(records, records + 51))
+        return statistics.median(seconds)
+
+    short, long = seconds_per_append(10), seconds_per_append(200_000)
+    assert written == [len(f',\n{{"step": {step}}}\n]\n') for step in range(200_001, 200_051)]  # one write each
+    assert long < 20 * short  # writing (or reading) these 26 MB anew takes a thousand times as long as an append
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    folder = new_run(tmp_path)
+    values = [float("nan"), float("inf"), -float("inf"), torch.tensor(float("nan")), [1.0, float("nan")]]
+    folder.log_step({"step": 1, "values": values, "tensor": torch.tensor([1, 2]), "path": Path("a"), "half": True})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads((tmp_path / "train_logs.json").read_text(), parse_constant=refuse)[0]
+    assert record["values"] == [None, None, None, None, [1.0, None]]
+    assert (record["tensor"], record["path"], record["half"]) == ([1, 2], "a", True)
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(st.characters(exclude_categories=()), max_size=40))
+def test_no_text_breaks_the_json_or_a_terminal(tmp_path_factory, text):
+    text += "\x1b[2J\x00\x9b\u2028\ud800 \U0001f600 \ude00"
+    path = tmp_path_factory.mktemp("text")
+    with new_run(path) as folder:
+        folder.log_step({"step": 1, text: text})
+        folder.log_samples(1, [group(text=text)])
+    for file in ("train_logs.json", "train_samples/step_000001.json"):
+        raw = (path / file).read_bytes()
+        assert all(32 <= byte < 127 or byte == ord("\n") for byte in raw)  # nothing a terminal would act upon
+        json.loads(raw)
+    read = json.loads((path / "train_samples/step_000001.json").read_text())["groups"][0]["completions"][0]["text"]
+    read.encode()  # no half of a surrogate pair, which strict readers refuse
+    assert "\U0001f600" in read and "\x1b[2J\x00\x9b\u2028\ufffd" in read
+
+
+def test_a_log_cut_at_any_byte_is_read_and_repaired(tmp_path):
+    new_run(tmp_path, steps=3).close()
+    save_whole = (tmp_path / "train_logs.json").read_bytes()
+    ends = [save_whole.index(b"}", save_whole.index(b'"step": %d' % step)) + 1 for step in (1, 2, 3)]
+    for cut in range(len(save_whole)):
+        (tmp_path / "train_logs.json").write_bytes(save_whole[:cut])
+        whole = [step for step, end in zip((1, 2, 3), ends, strict=True) if end <= cut]
+        assert [record["step"] for record in read_records(tmp_path / "train_logs.json")] == whole
+        folder = RunFolder(tmp_path)
+        folder.truncate_after(2)
+        folder.log_step({"step": 7})
+        assert log_steps(tmp_path) == [*(step for step in whole if step <= 2), 7]
+
+
+def test_a_log_that_an_editor_reformatted_is_not_lost_on_resuming(tmp_path):
+    folder = new_run(tmp_path, steps=3)
+    (tmp_path / "train_logs.json").write_text(json.dumps(read_records(tmp_path / "train_logs.json"), indent=2))
+    folder.truncate_after(2)
+    folder.log_step({"step": 3})
+    assert log_steps(tmp_path) == [1, 2, 3]
+
+
+def test_killed_while_appending(tmp_path):
+    script = """
+from run_folder import RunFolder
+folder = RunFolder(sys.argv[1])
+folder.open_new(overwrite=True)
+folder.write_config({})
+print("ready", flush=True)
+for step in range(1, 1_000_000):
+    folder.log_step({"step": step, "text": "x" * (step * 7919 % 200_000)})
+"""
+    rng = random.Random(0)
+    for _ in range(8):
+        with subprocess.Popen(python(script, tmp_path), stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            wait_until(lambda: read_records(tmp_path / "train_logs.json"))
+            time.sleep(0.1 * rng.random())
+            process.kill()
+        steps = [record["step"] for record in read_records(tmp_path / "train_logs.json")]
+        assert steps == list(range(1, len(steps) + 1)) and steps
+        RunFolder(tmp_path).truncate_after(len(steps))
+        assert log_steps(tmp_path) == steps
+
+
+# --- evaluations and samples ---
+
+
+def test_evaluations_and_samples_are_written_with_their_pictures(tmp_path):
+    picture = Image.new("RGB", (8, 8), "red")
+    groups = [group("clock-test-0-0", picture=picture), group("gsm8k-test-1")]
+    with new_run(tmp_path) as folder:
+        folder.log_eval(50, {"accuracy": 0.5, "error": float("nan")}, groups)
+        folder.log_samples(50, groups)
+        folder.log_samples(51, groups)
+    metrics = json.loads((tmp_path / "eval_logs/metrics_000050.json").read_text())
+    assert metrics == {"step": 50, "accuracy": 0.5, "error": None}
+    for folder_name, file in (("eval_logs", "samples_000050.json"), ("train_samples", "step_000051.json")):
+        samples = json.loads((tmp_path / folder_name / file).read_text())
+        assert [g["image"] for g in samples["groups"]] == ["images/clock-test-0-0.png", None]
+        assert (
+            samples["groups"][1]["completions"] == groups[1]["completions"] and "image_data" not in samples["groups"][0]
+        )
+        assert Image.open(tmp_path / folder_name / samples["groups"][0]["image"]).getpixel((0, 0)) == (255, 0, 0)
+    assert groups[0]["image_data"] is picture  # the caller's groups are left as they were
+
+
+def test_a_picture_is_written_once(tmp_path):
+    with new_run(tmp_path) as folder:
+        folder.log_eval(0, {}, [group(picture=Image.new("RGB", (8, 8)))])
+        folder.flush()
+        before = (tmp_path / "eval_logs/images/clock-test-0-3.png").stat()
+        folder.log_eval(50, {}, [group(picture=Image.new("RGB", (8, 8)))])
+    after = (tmp_path / "eval_logs/images/clock-test-0-3.png").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_a_picture_cut_short_is_written_again(tmp_path):
+    class Cut:
+        def save(self, path, format):
+            Path(path).write_bytes(b"half a picture")
+            raise OSError(errno.ENOSPC, "the disk is full")
+
+    folder = new_run(tmp_path)
+    folder.log_samples(1, [group(picture=Cut())])
+    with pytest.raises(RunFolderError, match="no space left on device; free some space"):
+        folder.flush()
+    folder.log_samples(2, [group(picture=Image.new("RGB", (2, 2)))])
+    folder.close()
+    assert Image.open(tmp_path / "train_samples/images/clock-test-0-3.png").size == (2, 2)
+
+
+def test_no_id_leaves_the_folder(tmp_path):
+    ids = ["../../evil", "/etc/evil", "a b", "..", "ä\ud800", "a/b"]
+    with new_run(tmp_path / "run") as folder:
+        folder.log_samples(1, [group(i, picture=Image.new("RGB", (2, 2))) for i in ids])
+    images = tmp_path / "run/train_samples/images"
+    assert len(names(images)) == len(ids) and names(tmp_path) == ["run"]
+    for written in json.loads((images.parent / "step_000001.json").read_text())["groups"]:
+        assert (images.parent / written["image"]).resolve().parent == images
+
+
+def test_samples_do_not_hold_up_the_loop(tmp_path):
+    disk_answers = threading.Event()
+
+    class SlowPicture:
+        def save(self, path, format):
+            disk_answers.wait(10)
+            Image.new("RGB", (2, 2)).save(path, format=format)
+
+    with new_run(tmp_path) as folder:
+        folder.log_eval(1, {"accuracy": 1.0}, [group(picture=SlowPicture())])
+        folder.log_step({"step": 1})
+        assert log_steps(tmp_path) == [1] and not (tmp_path / "eval_logs/metrics_000001.json").exists()
+        disk_answers.set()
+        folder.flush()
+        assert (tmp_path / "eval_logs/metrics_000001.json").exists()
+
+
+def test_the_backlog_is_bounded(tmp_path):
+    most = [0]
+
+    class Picture:
+        def save(self, path, format):
+            most[0] = max(most[0], len(folder._pending))
+            time.sleep(0.002)
+            Image.new("RGB", (2, 2)).save(path, format=format)
+
+    with new_run(tmp_path) as folder:
+        for step in range(40):
+            folder.log_samples(step, [group(f"id-{step}", picture=Picture())])
+    assert 1 < most[0] <= run_folder.BACKLOG
+    assert len(names(tmp_path / "train_samples/images")) == 40
+
+
+def test_what_failed_in_the_background_is_raised_in_the_loop(tmp_path):
+    folder = new_run(tmp_path)
+    (tmp_path / "eval_logs").write_text("a file where a folder should be")
+    folder.log_eval(1, {}, [group()])
+    with pytest.raises(RunFolderError, match="cannot write samples in"):
+        folder.flush()
+    folder.flush()  # said once
+    folder.log_eval(2, {}, [group()])
+    with pytest.raises(RunFolderError):
+        folder.close()
+    RunFolder(tmp_path).open_new(overwrite=True)  # the lock was let go all the same
+
+
+def test_the_first_error_is_the_one_that_is_seen(tmp_path):
+    (tmp_path / "train_samples").write_text("a file where a folder should be")
+    with pytest.raises(ZeroDivisionError), new_run(tmp_path) as folder:
+        folder.log_samples(1, [group()])
+        raise ZeroDivisionError
+
+
+# --- a new run, an old run ---
+
+
+def test_a_folder_with_a_run_is_refused_unless_overwritten(tmp_path):
+    with new_run(tmp_path, steps=2) as folder:
+        folder.log_eval(2, {}, [group(picture=Image.new("RGB", (2, 2)))])
+        folder.log_samples(2, [group(picture=Image.new("RGB", (2, 2)))])
+        save(folder, 2)
+    (tmp_path / "checkpoints/.writing_step_000003").mkdir()
+    foreign = ["notes.txt", "config.json.bak", "checkpoints/mine.bin", "eval_logs/mine.txt", "plots/chart.png"]
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for attempt in (RunFolder(tmp_path).check_new, RunFolder(tmp_path).open_new):
+        with pytest.raises(RunFolderError, match=r"already holds a run.*--resume.*--overwrite_output_dir"):
+            attempt()
+    late = RunFolder(tmp_path)
+    late.check_new = lambda *args: None  # asked before the other run began; that run has ended since
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        late.open_new()
+    RunFolder(tmp_path).check_new(overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    with RunFolder(tmp_path) as folder:
+        folder.open_new(overwrite=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*foreign, "train_logs.json", "run.lock"}
+    assert log_steps(tmp_path) == [] and not any((tmp_path / "checkpoints").glob("*step*"))
+
+
+def test_each_thing_a_run_writes_makes_a_folder_hold_a_run(tmp_path):
+    with new_run(tmp_path / "run") as folder:
+        folder.log_eval(2, {}, [group(picture=Image.new("RGB", (2, 2)))])
+        folder.log_samples(2, [group()])
+        save(folder, 2)
+    for name in ("config.json", "train_logs.json", "eval_logs", "train_samples", "checkpoints"):
+        other = tmp_path / f"with_{name}"
+        other.mkdir()
+        (tmp_path / "run" / name).rename(other / name)
+        with pytest.raises(RunFolderError, match="already holds a run"):
+            RunFolder(other).open_new()
+    with RunFolder(tmp_path / "run") as folder:  # only run.lock is left there
+        folder.open_new()
+
+
+def test_looking_writes_nothing(tmp_path):
+    RunFolder(tmp_path / "a/b").check_new()
+    assert names(tmp_path) == []
+    with pytest.raises(RunFolderError, match="GB free and this run needs at least"):
+        RunFolder(tmp_path / "a/b").open_new(needed_bytes=2**60)
+    assert names(tmp_path) == []
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in ("file", "file/run", "dangling", "dangling/run"):
+        with pytest.raises(RunFolderError, match="is not a folder; choose another --output_dir"):
+            RunFolder(tmp_path / path).open_new()
+    with pytest.raises(RunFolderError, match="cannot look into"):
+        RunFolder(tmp_path / ("x" * 300) / "y").open_new()
+
+
+def test_a_read_only_disk_is_refused_in_one_line(small_disk):
+    with new_run(small_disk / "run", steps=1) as folder:
+        save(folder, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for attempt in (
+        RunFolder(small_disk / "new").check_new,
+        lambda: RunFolder(small_disk / "run").open_new(overwrite=True),
+    ):
+        with pytest.raises(RunFolderError, match=r"no right to write in .*; choose another --output_dir"):
+            attempt()
+    with pytest.raises(RunFolderError, match="read-only file system; choose another --output_dir"):
+        RunFolder(small_disk / "run").open_resume()
+    assert log_steps(small_disk / "run") == [1]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunFolderError, match="no right to write in"):
+        RunFolder(tmp_path / "run").open_new()
+
+
+# --- one run at a time ---
+
+HOLD = """
+from run_folder import RunFolder
+folder = RunFolder(sys.argv[1])
+folder.open_new(overwrite=True)
+folder.write_config({})
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_in_one_folder_is_refused_until_the_first_is_gone(tmp_path):
+    with subprocess.Popen(python(HOLD, tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        second = RunFolder(tmp_path)
+        for attempt in (second.check_new, second.open_new, lambda: second.open_new(overwrite=True), second.open_resume):
+            with pytest.raises(RunFolderError, match=rf"in use by another run \(process {first.pid}\)"):
+                attempt()
+        assert (tmp_path / "config.json").exists()  # what the second one must not remove
+        first.kill()  # -9: nothing is tidied up
+    second.open_new(overwrite=True)
+    second.close()
+
+
+def test_a_refused_opening_lets_go_of_the_folder(tmp_path):
+    new_run(tmp_path).close()
+    refused = RunFolder(tmp_path)
+    with pytest.raises(RunFolderError, match=r"has no checkpoint: .* --overwrite_output_dir"):
+        refused.open_resume()
+    with RunFolder(tmp_path) as folder:
+        folder.open_new(overwrite=True)
+
+
+# --- checkpoints ---
+
+
+def test_a_checkpoint_is_found_and_loaded_again(tmp_path):
+    with new_run(tmp_path, steps=12) as folder:
+        assert folder.newest_checkpoint() is None
+        for step in (2, 10):
+            assert save(folder, step) == tmp_path / f"checkpoints/step_{step:06d}"
+    with RunFolder(tmp_path) as folder:
+        checkpoint = folder.open_resume()
+        assert checkpoint == folder.newest_checkpoint() == tmp_path / "checkpoints/step_000010"
+        assert (checkpoint / "model.safetensors").read_bytes() == b"\n" * 2**16
+        state = folder.load_trainer_state(checkpoint)
+        assert state["step"] == 10 and state["optimizer"]["lr"] == [1e-4]
+        assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], torch.full((4,), 10.0))
+        assert folder.read_config() == {"flags": {"seed": 0}}
+        assert names(tmp_path / "checkpoints") == ["step_000002", "step_000010"]
+
+
+def test_resuming_takes_everything_later_back(tmp_path):
+    with new_run(tmp_path, steps=6) as folder:
+        for step in (2, 4, 6):
+            folder.log_eval(step, {}, [group()])
+            folder.log_samples(step, [group()])
+            save(folder, step)
+    with RunFolder(tmp_path) as folder:
+        assert folder.open_resume(f"{tmp_path}/checkpoints/../checkpoints/step_000002/").name == "step_000002"
+        assert log_steps(tmp_path) == [1, 2, 3, 4, 5, 6]  # opening alone changes nothing
+        folder.truncate_after(2)
+        assert log_steps(tmp_path) == [1, 2]
+        assert names(tmp_path / "eval_logs") == ["metrics_000002.json", "samples_000002.json"]
+        assert names(tmp_path / "train_samples") == ["step_000002.json"]
+        assert [c.name for c in folder.complete_checkpoints()] == ["step_000002"]
+        replaced = [".replaced_step_000004", ".replaced_step_000006"]
+        assert names(tmp_path / "checkpoints") == [*replaced, "step_000002"]  # kept until the run has passed them
+        folder.log_step({"step": 3})
+        save(folder, 3)
+        assert names(tmp_path / "checkpoints") == [*replaced, "step_000002", "step_000003"]
+        save(folder, 5)
+        assert names(tmp_path / "checkpoints") == [replaced[1], "step_000002", "step_000003", "step_000005"]
+        save(folder, 6, keep=1)
+        assert names(tmp_path / "checkpoints") == ["step_000006"]
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    folder = new_run(tmp_path, steps=9)
+    for step in range(1, 5):
+        save(folder, step)
+    save(folder, 5, keep=3, best_step=2)
+    assert [_step(c) for c in folder.complete_checkpoints()] == [2, 3, 4, 5]
+    save(folder, 6, keep=2, best_step=2)
+    assert [_step(c) for c in folder.complete_checkpoints()] == [2, 5, 6]
+    save(folder, 7, keep=1, best_step=7)
+    assert names(tmp_path / "checkpoints") == ["step_000007"]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    folder = new_run(tmp_path, steps=1)
+    save(folder, 1)
+    checkpoint = folder.save_checkpoint(1, lambda path: (path / "w").write_bytes(b"new"), {"step": 1, "again": True})
+    assert names(checkpoint) == ["manifest.json", "trainer_state.pt", "w"]
+    assert folder.load_trainer_state(checkpoint)["again"] and names(tmp_path / "checkpoints") == ["step_000001"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "said"),
+    [
+        ("model.safetensors", cut, "model.safetensors has 65,535 of 65,536 bytes"),
+        ("model.safetensors", flip, "model.safetensors is not what was written"),
+        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+        ("trainer_state.pt", cut, "trainer_state.pt has"),
+        ("trainer_state.pt", flip, "trainer_state.pt is not what was written"),
+        ("manifest.json", Path.unlink, "it has no manifest.json"),
+        ("manifest.json", cut, None),  # the last byte is the line's end: no harm
+        ("manifest.json", lambda path: path.write_text(path.read_text()[:20]), "manifest.json is not readable"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error_that_names_the_newest_good_one(tmp_path, file, harm, said):
+    with new_run(tmp_path, steps=3) as folder:
+        older, good, newest = [save(folder, step) for step in (1, 2, 3)]
+    harm(newest / file)
+    with RunFolder(tmp_path) as folder:
+        if said is None:
+            assert folder.open_resume() == newest
+            return
+        for asked in (None, newest):
+            with pytest.raises(RunFolderError) as caught:
+                folder.open_resume(asked)
+            assert said in str(caught.value) and f"continue with --resume {good}" in str(caught.value)
+            assert "\n" not in str(caught.value)
+        assert folder.open_resume(good) == good  # the advice works
+        folder.truncate_after(2)
+        save(folder, 3)
+        assert folder.newest_checkpoint() == newest and names(tmp_path / "checkpoints")[0] == older.name
+
+
+def test_a_checkpoint_that_is_not_there_or_not_of_this_run_is_refused(tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        with new_run(tmp_path / name, steps=2) as folder:
+            save(folder, 2)
+            folders.append(folder)
+    mine, other = (folder.newest_checkpoint() for folder in folders)
+    for asked, said in ((tmp_path / "a/checkpoints/step_000009", "it does not exist"), (other, "not of the run in")):
+        with RunFolder(tmp_path / "a") as folder, pytest.raises(RunFolderError) as caught:
+            folder.open_resume(asked)
+        assert said in str(caught.value) and f"--resume {mine}" in str(caught.value)
+    shutil.rmtree(mine)
+    with RunFolder(tmp_path / "a") as folder, pytest.raises(RunFolderError, match="there is no good one"):
+        folder.open_resume(mine)
+    with pytest.raises(RunFolderError, match="holds no run to resume"):
+        RunFolder(tmp_path / "nowhere").open_resume()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_trainer_state_that_would_not_load_is_refused_when_saving(tmp_path):
+    folder = new_run(tmp_path, steps=1)
+    good = save(folder, 1)
+    for value in (torch.tensor(1.0).numpy(), random.Random(0), Path("a")):
+        with pytest.raises(TypeError, match="convert them"):
+            folder.save_checkpoint(2, lambda path: None, {"a": [value]})
+    assert folder.newest_checkpoint() == good and names(tmp_path / "checkpoints") == [good.name]
+
+
+def test_nothing_in_a_trainer_state_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    folder = new_run(tmp_path, steps=2)
+    good, bad = save(folder, 1), save(folder, 2)
+    for write in (torch.save, lambda value, file: pickle.dump(value, file, protocol=2)):
+        with open(bad / "trainer_state.pt", "wb") as file:
+            write({"step": Evil()}, file)
+        with pytest.raises(RunFolderError, match=rf"trainer_state\.pt.*--resume {good}"):
+            folder.load_trainer_state(bad)
+    (bad / "trainer_state.pt").unlink()
+    with pytest.raises(RunFolderError, match=r"trainer_state\.pt is missing"):
+        folder.load_trainer_state(bad)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_error_or_interruption_while_saving_leaves_no_trace(tmp_path):
+    folder = new_run(tmp_path, steps=2)
+    good = save(folder, 1)
+
+    def interrupted(path: Path) -> None:
+        (path / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.save_checkpoint(2, interrupted, {})
+    assert names(tmp_path / "checkpoints") == [good.name]
+
+
+def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Else a power cut leaves a checkpoint, or a log, with the right name and nothing in it."""
+    synced = set()
+    fsync, rename = os.fsync, Path.rename
+    named = []
+
+    def checked_rename(source: Path, target: Path) -> None:
+        files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+        assert files and {path.stat().st_ino for path in files} <= synced, source
+        named.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.fstat(fd).st_ino) or fsync(fd))
+    monkeypatch.setattr(Path, "rename", checked_rename)
+    with new_run(tmp_path, steps=1) as folder:
+        folder.log_eval(1, {}, [group(picture=Image.new("RGB", (2, 2)))])
+        synced.discard((tmp_path / "train_logs.json").stat().st_ino)
+        save(folder, 1)
+        assert (tmp_path / "train_logs.json").stat().st_ino in synced  # the records that lead to the checkpoint
+        assert (tmp_path / "checkpoints").stat().st_ino in synced  # the name itself
+        assert named.index("metrics_000001.json") < named.index("step_000001")
+    expected = ["train_logs.json", "config.json", "clock-test-0-3.png", "samples_000001.json", "metrics_000001.json"]
+    assert named == [*expected, "manifest.json", "step_000001"]
+
+
+def test_killed_at_every_moment_of_a_step_with_a_checkpoint(tmp_path, monkeypatch):
+    """kill -9 before each file operation of a step that logs, evaluates, saves and removes the old checkpoint."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # saves time; a kill, unlike a power cut, needs no syncing
+
+    def prepare() -> None:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        with new_run(tmp_path, steps=3) as folder:
+            folder.log_eval(2, {}, [group("old", picture=Image.new("RGB", (2, 2)))])
+            save(folder, 2)
+
+    def work() -> None:
+        with RunFolder(tmp_path) as folder:
+            folder.log_step({"step": 4})
+            folder.log_eval(4, {}, [group("new", picture=Image.new("RGB", (2, 2)))])
+            save(folder, 4, keep=1)
+            folder.log_step({"step": 5})
+            save(folder, 4, keep=1)  # a step saved twice: its first saving must outlive a kill during the second
+
+    prepare()
+    work()  # what is imported lazily is imported before file operations are counted
+    resumed_from = []
+    for moment in range(1, 1000):
+        prepare()
+        status, _ = in_child(work, kill_at=moment)
+        with RunFolder(tmp_path) as folder:
+            checkpoint = folder.open_resume()
+            reached = folder.load_trainer_state(checkpoint)["step"]
+            folder.truncate_after(reached)
+            assert checkpoint.name == f"step_{reached:06d}" and log_steps(tmp_path) == list(range(1, reached + 1))
+            for metrics in (tmp_path / "eval_logs").glob("metrics_*.json"):
+                for written in json.loads((metrics.parent / metrics.name.replace("metrics", "samples")).read_text())[
+                    "groups"
+                ]:
+                    Image.open(metrics.parent / written["image"]).load()
+            save(folder, 5, keep=1)
+            assert names(tmp_path / "checkpoints") == ["step_000005"]
+        resumed_from.append(reached)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert resumed_from == sorted(resumed_from) and set(resumed_from) == {2, 4}  # once saved, never lost
+    assert len(resumed_from) > 40
+
+
+def test_killed_while_saving_at_random_moments(tmp_path):
+    """As above at moments no hook chooses: in the middle of writes and syncs, in a process of its own."""
+    folder = new_run(tmp_path, steps=1)
+    save(folder, 1)
+    weights = os.urandom(MIB)
+
+    def forever() -> None:
+        for step in range(2, 250):
+            folder.log_step({"step": step})
+            state = {"step": step, "weights": torch.full((1000,), float(step))}
+            folder.save_checkpoint(step, lambda path: (path / "weights").write_bytes(weights), state, keep=2)
+
+    rng = random.Random(0)
+    for _ in range(6):
+        pid = os.fork()
+        if pid == 0:
+            forever()
+            os._exit(0)
+        wait_until(lambda: any((tmp_path / "checkpoints").glob("step_*[2-9]")))
+        time.sleep(0.1 * rng.random())
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        folder.close()
+        checkpoint = folder.open_resume()
+        state = folder.load_trainer_state(checkpoint)
+        folder.truncate_after(state["step"])
+        assert log_steps(tmp_path) == list(range(1, state["step"] + 1))
+        assert state["step"] > 1 and torch.equal(state["weights"], torch.full((1000,), float(state["step"])))
+        assert (checkpoint / "weights").read_bytes() == weights
+        folder.truncate_after(1)
+        save(folder, 1)
+    folder.close()
+
+
+# --- a full disk ---
+
+
+def test_a_log_that_cannot_grow_stays_valid(tmp_path):
+    folder = new_run(tmp_path)
+
+    def log_until_full() -> None:
+        for step in range(1, 1000):
+            folder.log_step({"step": step, "text": "x" * 300})
+
+    status, message = in_child(log_until_full, file_size_limit=20_000)
+    assert status == 2
+    assert message == (
+        f"cannot log to train_logs.json in {tmp_path}: file too large; free some space, then continue with --resume"
+    )
+    steps = log_steps(tmp_path)
+    assert steps == list(range(1, 60 + 1)) or 50 < len(steps) < 70
+    folder.log_step({"step": 61})  # room again: it goes on where it was
+    assert log_steps(tmp_path) == [*steps, 61]
+
+
+@pytest.mark.parametrize("where", ["model", "trainer state"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path, where):
+    from safetensors.torch import save_file
+
+    folder = new_run(tmp_path, steps=2)
+    good = save(folder, 1)
+    big = torch.zeros(MIB)
+
+    def fail() -> None:
+        if where == "model":
+            folder.save_checkpoint(2, lambda path: save_file({"w": big}, path / "model.safetensors"), {})
+        else:
+            folder.save_checkpoint(2, lambda path: None, {"w": big})
+
+    status, message = in_child(fail, file_size_limit=MIB)
+    assert status == 2
+    assert "step_000002 could not be written: file too large; free some space" in message
+    assert f"the last good one is {good}" in message and "\n" not in message
+    assert names(tmp_path / "checkpoints") == [good.name]
+
+
+def test_a_full_disk(small_disk):
+    path = small_disk / "run"
+    with RunFolder(path) as folder:
+        with pytest.raises(RunFolderError, match=r"0\.00 GB free and this run needs at least 0\.02 GB"):
+            folder.open_new()
+        folder.open_new(needed_bytes=MIB // 2)
+        folder.write_config({})
+        folder.log_step({"step": 1})
+        good = save(folder, 1)
+        with pytest.raises(RunFolderError, match=rf"no space left on device; .* the last good one is {good}"):
+            folder.save_checkpoint(2, lambda path: (path / "w").write_bytes(bytes(2 * MIB)), {})
+        folder.log_samples(1, [group(text="x" * MIB)])
+        with pytest.raises(RunFolderError, match=r"cannot write samples in .*no space left on device"):
+            folder.flush()
+        with pytest.raises(RunFolderError, match=r"cannot log to train_logs\.json in .*no space left on device"):
+            folder.log_step({"step": 2, "text": "x" * MIB})
+        assert log_steps(path) == [1]
+        (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+        with pytest.raises(RunFolderError, match="no space left on device"):
+            for step in range(2, 1000):
+                folder.log_step({"step": step, "text": "x" * 100})
+        steps = log_steps(path)
+        assert steps == list(range(1, len(steps) + 1))
+        assert not list(path.rglob("*.tmp")) and names(path / "checkpoints") == [good.name]
+        (small_disk / "ballast").unlink()
+        folder.log_step({"step": len(steps) + 1})
+        assert log_steps(path) == [*steps, len(steps) + 1] and save(folder, 2).name == "step_000002"
+
+
+# --- where it ran ---
+
+
+def test_hardware_and_versions():
+    found = run_folder.hardware_and_versions("cpu")
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] and "python" in found["versions"]
+    assert found["hardware"]["device"] == "cpu" and found["hardware"]["cpu_count"] >= 1
+    assert 0.1 < found["hardware"]["memory_gb"] < 100_000
+    json.dumps(found)
+
+
+def test_the_commit_is_that_of_the_code(tmp_path):
+    def git(*args: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *args], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    def commit() -> str:
+        script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport run_folder; print(run_folder._commit())"
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+        )
+        return done.stdout.strip()
+
+    shutil.copy(run_folder.__file__, tmp_path)
+    assert commit() == "None"  # no repository
+    git("init")
+    (tmp_path / "other").write_text("")
+    git("add", "other")
+    git("commit", "-m", "a repository around a copy of the code")
+    assert commit() == "None"
+    git("add", "run_folder.py")
+    git("commit", "-m", "the code")
+    assert commit() == git("rev-parse", "HEAD")
+    (tmp_path / "other").write_text("changed")
+    assert commit() == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_importing_it_is_cheap():
+    script = "import run_folder; print([m for m in ('torch', 'numpy', 'PIL', 'transformers') if m in sys.modules])"
+    done = subprocess.run(python(script), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
