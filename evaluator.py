@@ -115,6 +115,10 @@ class Headline:
     chance: float | None  # its value under guessing, where known
 
 
+class RewardError(RuntimeError):
+    """A reward could not be computed: a mistake in the evaluator, since any text can be scored."""
+
+
 class RewardEvaluator(ABC):
     """Scores completions of one task. A subclass says how an answer is read, rewarded and measured."""
 
@@ -146,7 +150,7 @@ class RewardEvaluator(ABC):
 
         Raises:
             ValueError: unless there is one answer per completion and at least one of them.
-            RuntimeError: if a reward cannot be computed, naming the task and the completion.
+            RewardError: if a reward cannot be computed, naming the task and the completion.
         """
         import torch  # only here, so that reading answers does not cost a second of importing
 
@@ -158,7 +162,7 @@ class RewardEvaluator(ABC):
                 rows.append(self.score(completion, answer))
             except Exception as error:
                 place = f"completion {row} of {len(completions)}, {completion[:80]!r}, with the answer {answer!r}"
-                raise RuntimeError(f"the rewards of the task {self.task!r} failed on {place}: {error!r}") from error
+                raise RewardError(f"the rewards of the task {self.task!r} failed on {place}: {error!r}") from error
         return torch.tensor(rows, dtype=torch.float32), self.measure(completions, answers)  # (B, K)
 
     def predict(self, completion: str) -> Reading:

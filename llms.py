@@ -18,6 +18,10 @@ import torch.nn.functional as F
 # Memory for the logits that `token_logps` holds at once: the (B, T, V) tensor never exists, only (chunk, V) pieces.
 LOGIT_CHUNK_BYTES = 256 * 2**20
 
+# Attention that has become sure of itself makes probabilities like 1e-40, which a CPU multiplies a hundred times slower
+# than others: they count as 0. Set before torch starts its threads, which inherit it; GPUs do not care.
+torch.set_flush_denormal(True)
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded or used; the message is one line saying what, why and what to do."""
@@ -132,6 +136,8 @@ def load_llm(model_path, device=None, dtype=None, attn_implementation=None) -> L
         processor = AutoProcessor.from_pretrained(model_path, **hub) if is_vision else None
         tokenizer = processor.tokenizer if is_vision else AutoTokenizer.from_pretrained(model_path, **hub)
     refuse_unknown_head(model, str(model_path))
+    # The pad token is often an end of turn too, which stands in prompts: as "padding" its embedding would not be trained.
+    model.get_input_embeddings().padding_idx = None
     model.eval()  # dropout would make the trainer disagree with the sampler; gradients do not need train mode
     eos_token_ids = union_of_eos(tokenizer, model)
     return LLM(
@@ -218,12 +224,14 @@ class readable_errors:  # a context manager, so lower case like the standard lib
 
 
 def quiet_transformers() -> None:
-    """Keeps progress bars of weight loading out of the log; warnings that matter still come through."""
+    """Keeps progress bars and retries of loading out of the log; warnings that matter still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # pictures are prepared in a thread beside it
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # one line per attempt to reach a hub that is not there; the error says it once
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -425,6 +425,7 @@ def accumulate_gradients(llm, rollout, advantages, mask, old_logps, ref_logps, p
     from llms import token_logps_and_entropy
 
     objective, loss, sums = args.choices, 0.0, {}
+    llm.model.train(args.gradient_checkpointing)  # only then does transformers recompute layers; dropout is off
     normalizer = step_normalizer(objective.normalizer, mask, args.max_completion_length)  # of all micro-batches alike
     all_logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
     for rows in plan:
@@ -459,6 +460,7 @@ def accumulate_gradients(llm, rollout, advantages, mask, old_logps, ref_logps, p
             count = (sampled if name in ("entropy", "sampler_logp_diff") else mask[rows]).sum()
             value, total = sums.get(name, (0.0, 0))
             sums[name] = (value + mean * count, total + count)
+    llm.model.eval()  # the sampler needs the key-value cache, which recomputing does without
     return loss, {name: float(value / total.clamp(min=1)) for name, (value, total) in sums.items()}, all_logps
 
 
@@ -548,11 +550,10 @@ def learning_rate(step: int, total_steps: int, args) -> float:
 
 def enable_checkpointing(model) -> None:
     """Recompute layers in the backward pass instead of keeping their activations. transformers does so in train mode
-    only, where dropout would come in: it is set to zero."""
+    only (see `accumulate_gradients`), where dropout would come in: it is set to zero."""
     import torch
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -1097,6 +1098,8 @@ def run(args) -> int:
         folder.check_new(args.overwrite_output_dir)
     evaluator = get_evaluator(args.dataset_name)
     checkpoint = folder.open_resume(None if args.resume == "newest" else args.resume) if args.resume else None
+    if args.resume and checkpoint is None:
+        print(f"the run in {folder.path} stopped before its first checkpoint: it starts again from step 0")
 
     from llms import load_llm
 
@@ -1120,21 +1123,20 @@ def run(args) -> int:
     steps = math.ceil(args.num_train_epochs * loader.steps_per_epoch) * args.num_iterations
     args.max_steps = args.total_steps = args.max_steps or max(1, steps)
     config = describe_run(args, llm, evaluator, hardware_and_versions(str(llm.device)))
-    resumed = None
-    if checkpoint:
+    resumed = folder.load_trainer_state(checkpoint) if checkpoint else None
+    if args.resume:
         began = folder.read_config()
         check_same_flags(began, config)
         args.total_steps = began["resolved"]["total_steps"]  # the schedule goes on as it began
         config["resolved"]["total_steps"] = args.total_steps
-        resumed = folder.load_trainer_state(checkpoint)
     else:
         folder.open_new(args.overwrite_output_dir, checkpoint_bytes(llm))
     with folder:
         say_hello(args, llm, loader, eval_dataset, folder)
         if args.eval_only:
-            return evaluate_only(args, llm, eval_dataset, evaluator, folder, config, resumed)
-        if resumed:
-            folder.truncate_after(resumed["state"]["step"])
+            return evaluate_only(args, llm, eval_dataset, evaluator, folder, config)
+        if args.resume:
+            folder.truncate_after(resumed["state"]["step"] if resumed else -1)
         folder.write_config(config)
         reference = None
         if args.choices.beta:
@@ -1165,10 +1167,10 @@ def check_model(args, llm) -> None:
         )
 
 
-def evaluate_only(args, llm, eval_dataset, evaluator, folder, config: dict, resumed: dict | None) -> int:
+def evaluate_only(args, llm, eval_dataset, evaluator, folder, config: dict) -> int:
     """Print the metrics; into a new folder they are written too, while a run that goes on stays as it is."""
     metrics, groups = evaluate(llm, eval_dataset, evaluator, args)
-    if resumed is None:
+    if not args.resume:
         folder.write_config(config)
         folder.log_eval(0, metrics, groups)
     for name, value in metrics.items():
@@ -1246,6 +1248,8 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     import torch
 
+    from evaluator import RewardError
+
     try:
         return run(args)
     except torch.OutOfMemoryError as error:
@@ -1254,7 +1258,7 @@ def main(argv=None) -> int:
             "--gradient_checkpointing, or lower --num_generations, --prompts_per_step or --max_completion_length "
             f"({str(error).splitlines()[0]})"
         )
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RewardError) as error:
         if os.environ.get("GRPO_TRACEBACK"):  # for whoever debugs the code rather than the input
             raise
         message = " ".join(str(error).split())

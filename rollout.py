@@ -146,7 +146,8 @@ def is_lean(model) -> bool:
     """Does LeanDecoder know this architecture? Others decode through transformers' own forward pass."""
     config = model.config.get_text_config()
     full_attention = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    static_rope = (config.rope_parameters or {}).get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+    rope = getattr(config, "rope_parameters", None) or {}  # none where positions are learned, as in GPT-2
+    static_rope = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
     return config.model_type in LEAN_FAMILIES and full_attention and static_rope and config.hidden_act == "silu"
 
 
@@ -256,6 +257,7 @@ class Decoder:
             cumulated = logps.exp().cumsum(-1)  # (b, V)
             uniform = torch.rand(rows, 1, device=hidden.device, generator=self.generator).clamp_max_(1 - 2**-23)
             tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0]
+            tokens.clamp_max_(logps.shape[1] - 1)  # weights that broke give NaN, where none is found; the loop skips it
         self.ids[:rows].index_copy_(1, self.column, tokens[:, None])
         self.logps[:rows].index_copy_(1, self.column, logps.gather(1, tokens[:, None]))
         self.lengths[:rows] += self.alive[:rows]  # the end-of-sequence token itself counts, what comes after does not

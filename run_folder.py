@@ -119,9 +119,9 @@ class RunFolder:
                 _remove(path)
             _write_whole(self.log_path, EMPTY_LOG)
 
-    def open_resume(self, checkpoint: str | os.PathLike | None = None) -> Path:
+    def open_resume(self, checkpoint: str | os.PathLike | None = None) -> Path | None:
         """Locks the folder and returns the checkpoint to continue from: the newest, or the one asked for, every byte
-        checked. Changes nothing the run wrote; `truncate_after` does, once the caller has decided to go on.
+        checked; None for a run that stopped before its first one and so starts again. Changes nothing the run wrote; `truncate_after` does, once the caller has decided to go on.
 
         Raises RunFolderError: no run here, in use, or no good checkpoint there (the newest good one is named)."""
         if not (self.path / "config.json").is_file():
@@ -138,10 +138,7 @@ class RunFolder:
             elif found := self._checkpoints():
                 chosen = found[-1]
             else:
-                raise RunFolderError(
-                    f"{self.path} has no checkpoint: the run stopped before its first one; "
-                    "start it again with --overwrite_output_dir"
-                )
+                return None
             # The logs in this folder go with its own checkpoints only.
             own = chosen.resolve().parent == self.checkpoints.resolve() and chosen.resolve().name.startswith("step_")
             problem = damage(chosen) if own or not chosen.exists() else f"it is not of the run in {self.path}"

@@ -463,10 +463,16 @@ def test_a_second_process_in_one_folder_is_refused_until_the_first_is_gone(tmp_p
 def test_a_refused_opening_lets_go_of_the_folder(tmp_path):
     new_run(tmp_path).close()
     refused = RunFolder(tmp_path)
-    with pytest.raises(RunFolderError, match=r"has no checkpoint: .* --overwrite_output_dir"):
-        refused.open_resume()
+    with pytest.raises(RunFolderError, match="cannot continue from checkpoint"):
+        refused.open_resume(tmp_path / "checkpoints" / "step_000001")
     with RunFolder(tmp_path) as folder:
         folder.open_new(overwrite=True)
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(tmp_path):
+    new_run(tmp_path).close()
+    with RunFolder(tmp_path) as folder:
+        assert folder.open_resume() is None
 
 
 # --- checkpoints ---
