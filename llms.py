@@ -136,7 +136,7 @@ def load_llm(model_path, device=None, dtype=None, attn_implementation=None) -> L
         processor = AutoProcessor.from_pretrained(model_path, **hub) if is_vision else None
         tokenizer = processor.tokenizer if is_vision else AutoTokenizer.from_pretrained(model_path, **hub)
     refuse_unknown_head(model, str(model_path))
-    # The pad token is often an end of turn too, which stands in prompts: as "padding" its embedding would not be trained.
+    # The pad token often is an end of turn too, which stands in prompts: as "padding" it would not be trained.
     model.get_input_embeddings().padding_idx = None
     model.eval()  # dropout would make the trainer disagree with the sampler; gradients do not need train mode
     eos_token_ids = union_of_eos(tokenizer, model)

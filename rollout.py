@@ -319,6 +319,7 @@ class LeanDecoder(Decoder):
         self.fuse()
         self.uses_graphs = llm.device.type == "cuda"
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.graph_memory = None  # one pool for all graphs: they run one after the other and keep nothing in it
 
     def rotary_table(self):
         positions = torch.arange(self.slots, device=self.llm.device)[None]  # (1, S)
@@ -359,7 +360,7 @@ class LeanDecoder(Decoder):
         """On CUDA the first step of a shape runs as it is (which warms it up), the second is captured, all replayed."""
         if not self.uses_graphs:
             return self.advance(rows, window)
-        key = (rows, window, self.temperature, self.ignore_eos, id(self.generator))
+        key = (rows, window, self.temperature, self.ignore_eos, self.generator)  # all that is baked into a graph
         if key not in self.graphs:
             self.graphs[key] = None
             return self.advance(rows, window)
@@ -367,8 +368,9 @@ class LeanDecoder(Decoder):
             graph = torch.cuda.CUDAGraph()
             if self.generator is not None:
                 graph.register_generator_state(self.generator)  # so that every replay draws new numbers
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.graph_memory):
                 self.advance(rows, window)  # recorded, not run
+            self.graph_memory = graph.pool()
             self.graphs[key] = graph
         self.graphs[key].replay()
 

@@ -479,9 +479,7 @@ def test_answers_must_match_completions(completions, answers):
 
 def test_a_failing_reward_names_the_task_and_the_completion(monkeypatch):
     monkeypatch.setattr(EVALUATORS["clock"], "error", lambda *_: 1 / 0)
-    with pytest.raises(
-        RewardError, match=r"task 'clock' failed on completion 0 of 2, 'half past eight'.*ZeroDivision"
-    ):
+    with pytest.raises(RewardError, match=r"task 'clock' failed on completion 0 of 2, 'half past eight'.*ZeroDivision"):
         get_evaluator("clock").compute_rewards(["half past eight", "nine"], ["08:15:30"] * 2)
 
 
