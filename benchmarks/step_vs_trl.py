@@ -3,8 +3,8 @@
     uv run benchmarks/step_vs_trl.py --preset tiny-text
 
 Completions are forced to the same length on both sides (no end of sequence), so that the work is equal: sample Q·G
-completions, score them, reference log-probabilities (β 0.04), loss, gradients, AdamW. Each side runs in a process of its
-own and they take turns, round by round; on a GPU one after the other, since both would not fit. The first step of
+completions, score them, reference log-probabilities (β 0.04), loss, gradients, AdamW. Each side runs in a process of
+its own and they take turns, round by round; on a GPU one after the other, since both would not fit. The first step of
 each round is left out: TRL's `train()` sets itself up in it.
 """
 
@@ -182,7 +182,8 @@ def compare(name: str, rounds: int, steps: int) -> str:
     ratio = statistics.median(theirs / ours for ours, theirs in zip(times["here"], times["TRL"], strict=True))
     shape = f"{preset.prompts} prompts × {preset.generations} completions × {preset.length} tokens"
     head = ["", "s a step", "steps/s (of rounds)", "tokens/s", "peak memory, GB"]
-    return f"{name}: {shape}, {preset.dtype}, {preset.device}; {rounds} rounds of {steps} steps\n{table(head, rows)}\nratio: {ratio:.2f} × TRL's steps/s"
+    what = f"{name}: {shape}, {preset.dtype}, {preset.device}; {rounds} rounds of {steps} steps"
+    return f"{what}\n{table(head, rows)}\nratio: {ratio:.2f} × TRL's steps/s"
 
 
 def main() -> None:

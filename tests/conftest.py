@@ -54,3 +54,9 @@ def task_models(tmp_path_factory):
         )
         for task, amount in amounts.items()
     }
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """llms counts denormal numbers as 0, for speed; hypothesis draws them, so that each test starts with them on."""
+    torch.set_flush_denormal(False)

@@ -108,7 +108,11 @@ def question(text: str, *pictures: Image.Image) -> Example:
 def questions(family: str) -> list[Example]:
     """Three prompts of different lengths; for vision with pictures of different sizes, and one with two of them."""
     if family in TEXT:
-        return [question("How many?"), question("One hen lays 3 eggs a day. How many in 2 days?"), question("7 + 5 =")]
+        return [
+            question("How many eggs?"),
+            question("One hen lays 3 eggs a day. How many in 2 days?"),
+            question("7 + 5 ="),
+        ]
     return [
         question("What is this?", picture(32, 48)),
         question("Which one of these is larger?", picture(64, 32, 1), picture(40, 40, 2)),

@@ -432,18 +432,6 @@ def check_checkpoint(checkpoint, start, vision):
         assert any("visual" in name for name in moved)
 
 
-def test_grpo_raises_the_reward_and_a_control_does_not(run):
-    """The only test that waits for learning: the same run with rewards dealt out at random must not learn."""
-    flags = "--max_steps 60 --eval_steps 0 --save_steps 0 --prompts_per_step 4 --num_generations 8 --beta 0"
-
-    def gain(folder):
-        rewards = [record["reward"] for record in records(folder)]
-        return sum(rewards[-10:]) / 10 - sum(rewards[:10]) / 10
-
-    assert gain(run("arithmetic", flags, "--learning_rate 3e-3")) > 0.4
-    assert gain(run("arithmetic", flags, "--learning_rate 3e-3 --shuffle_rewards", name="control")) < 0.2
-
-
 def test_same_seed_same_run(run):
     first, same, other = (
         run("correlation", "--seed", str(seed), name=name) for name, seed in (("a", 3), ("b", 3), ("c", 4))
@@ -523,7 +511,7 @@ def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(l
     llm, passes = load(family), []
     args, *step = step_of(llm, family)
     layers = getattr(llm.model.base_model, "language_model", llm.model.base_model).layers
-    layers[0].mlp.register_forward_hook(lambda *_: passes.append(1))
+    layers[0].input_layernorm.register_forward_hook(lambda *_: passes.append(1))
     expected = accumulated(llm, [list(range(12))], args, *step)
     assert len(passes) == 2  # prompts, completions
     main.enable_checkpointing(llm.model)

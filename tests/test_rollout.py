@@ -232,10 +232,10 @@ def test_greedy_decoding_is_that_of_generate(load, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lean_and_plain_decoding_are_the_same(load, family, monkeypatch):
     llm = load(family)
-    lean = draw(llm, family, temperature=0.9)
+    lean = draw(llm, family, temperature=0.9, seed=1)  # a number drawn on the border of two tokens could go either way
     monkeypatch.setattr(rollout_module, "is_lean", lambda model: False)
     llm.decoder = None
-    plain = draw(llm, family, temperature=0.9)
+    plain = draw(llm, family, temperature=0.9, seed=1)
     assert type(llm.decoder) is Decoder
     assert_same_rollout(lean, plain)
 
