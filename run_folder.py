@@ -124,7 +124,7 @@ class RunFolder:
         checked; None for a run that stopped before its first one and so starts again. Changes nothing the run wrote;
         `truncate_after` does, once the caller has decided to go on.
 
-        Raises RunFolderError: no run here, in use, or a missing or damaged checkpoint (it names the newest good one)."""
+        Raises RunFolderError: no run here, in use, or a checkpoint missing or damaged (naming the newest good one)."""
         if not (self.path / "config.json").is_file():
             advice = "start one without --resume (and with --overwrite_output_dir if the folder is in the way)"
             raise RunFolderError(f"{self.path} holds no run to resume; {advice}")
