@@ -1,6 +1,6 @@
 """The loop learns: a model that was shown wrong labels gets nearer to the right ones by reward alone.
 
-The warm start reads a clock about an hour and a half wrong, since every label it saw was moved. Sixty steps of GRPO must
+The warm start reads a clock about an hour and a half wrong, since its labels were moved. Sixty steps of GRPO must
 take at least twenty minutes off the error on held-out clocks. With the advantages' sign flipped they do not.
 """
 
