@@ -7,20 +7,37 @@ T completion tokens (right-padded), H hidden size, V vocabulary, N completion to
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import lean
+
 # Memory for the logits that `token_logps` holds at once: the (B, T, V) tensor never exists, only (chunk, V) pieces.
 LOGIT_CHUNK_BYTES = 256 * 2**20
+KEPT_BYTES = 32 * 2**20  # the largest block that glibc can be told to keep, see `keep_freed_memory`
 
 # Attention that has become sure of itself makes probabilities like 1e-40, which a CPU multiplies a hundred times slower
 # than others: they count as 0. Set before torch starts its threads, which inherit it; GPUs do not care.
 torch.set_flush_denormal(True)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep blocks of up to KEPT_BYTES that a step frees, for the next step to use. By default they go back
+    to the system, which hands them out again page by page, filled with zeros: a tenth of a step's time on a CPU."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1  # their names in malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, KEPT_BYTES)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+
+
+keep_freed_memory()
 
 
 class ModelError(ValueError):
@@ -125,7 +142,11 @@ def load_llm(model_path, device=None, dtype=None, attn_implementation=None) -> L
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     attn_implementation = pick_attention(attn_implementation, device, dtype)
-    hub = {"token": os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN"), "trust_remote_code": False}
+    hub = {
+        "token": os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN"),
+        "trust_remote_code": False,
+        "local_files_only": Path(model_path).is_dir() or not hub_answers(),
+    }
     with readable_errors(str(model_path)):
         config = AutoConfig.from_pretrained(model_path, **hub)
         is_vision = getattr(config, "vision_config", None) is not None
@@ -151,6 +172,19 @@ def load_llm(model_path, device=None, dtype=None, attn_implementation=None) -> L
         attn_implementation=attn_implementation,
         name=str(model_path),
     )
+
+
+def hub_answers(seconds: float = 5.0) -> bool:
+    """Asked once. Its library would try again for 23 seconds for each of a model's files, of which there may be copies
+    on this machine."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # whatever its HTTP library calls it
+        return False
+    return True
 
 
 def union_of_eos(tokenizer, model) -> tuple[int, ...]:
@@ -338,6 +372,12 @@ def forward_prompts(model, prompts: Prompts, use_cache: bool = True):
     from transformers import DynamicCache
 
     vision = [one for one in prompts.vision if one]
+    if use_cache and not vision and computes_lean(model):
+        length = prompts.ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=prompts.ids.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=prompts.ids.device)  # padding sees something, or it is NaN
+        visible = prompts.mask[:, None] & causal | itself  # (Q, P, P)
+        return lean.forward(model, prompts.ids, prompts.positions, hidden_where(visible, model))
     pictures = {name: torch.cat([one[name] for one in vision]) for name in vision[0]} if vision else {}
     output = model.base_model(
         input_ids=prompts.ids,
@@ -348,6 +388,22 @@ def forward_prompts(model, prompts: Prompts, use_cache: bool = True):
         **pictures,
     )
     return output.last_hidden_state, output.past_key_values
+
+
+def computes_lean(model) -> bool:
+    """Whether the loss takes lean.py's forward pass: on a CPU, where it is faster. A GPU gains less, and
+    transformers brings the attention kernels that were asked for."""
+    return model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and lean.is_lean(model)
+
+
+def keys_and_values(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each layer (Q, key heads, P, D), from lean.py's list or from transformers' cache."""
+    return cache if isinstance(cache, list) else [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def hidden_where(visible: torch.Tensor, model) -> torch.Tensor:
+    """(B, T, S) bool -> (B, 1, T, S) what attention adds to its scores."""
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,19 +448,30 @@ def hidden_states(model, prompts: Prompts, prompt_of_row: list[int], ids, mask) 
     prompts = prompts.select(used)
     index = torch.tensor([used.index(prompt) for prompt in prompt_of_row], device=ids.device)  # (B,)
     prompt_hidden, cache = forward_prompts(model, prompts)  # (Q, P, H); left-padded, so column -1 is the last token
-    first = prompt_hidden[:, -1][index].unsqueeze(1)  # (B, 1, H) predicts token 0
+    first = prompt_hidden[:, -1].index_select(0, index).unsqueeze(1)  # (B, 1, H) predicts token 0
     if ids.shape[1] == 1:
         return first
-    cache.batch_select_indices(index)  # each row sees its prompt's keys and values; gradients add up over the group
-    positions = completion_positions(prompts, index, ids.shape[1] - 1)
-    rest = model.base_model(
-        input_ids=ids[:, :-1],
-        attention_mask=torch.cat([prompts.mask[index], mask[:, :-1]], 1).long(),  # (B, P + T - 1)
+    rest = forward_completions(model, prompts, cache, index, ids[:, :-1], mask[:, :-1])  # (B, T - 1, H)
+    return torch.cat([first, rest], 1)
+
+
+def forward_completions(model, prompts: Prompts, cache, index, ids, mask) -> torch.Tensor:
+    """(B, T, H) hidden states of completion tokens. Row i sees the keys and values of prompt index[i]; gradients add up
+    over the rows of a group."""
+    positions = completion_positions(prompts, index, ids.shape[1])
+    if computes_lean(model):
+        past = [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in keys_and_values(cache)]
+        visible = prompts.mask[index, None].expand(-1, ids.shape[1], -1)  # (B, T, P)
+        earlier = torch.ones_like(ids[0], dtype=torch.bool).expand(len(ids), ids.shape[1], -1).tril()  # (B, T, T)
+        return lean.forward(model, ids, positions, hidden_where(torch.cat([visible, earlier], 2), model), past)[0]
+    cache.batch_select_indices(index)
+    return model.base_model(
+        input_ids=ids,
+        attention_mask=torch.cat([prompts.mask[index], mask], 1).long(),  # (B, P + T)
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state  # (B, T - 1, H)
-    return torch.cat([first, rest], 1)
+    ).last_hidden_state
 
 
 def completion_positions(prompts: Prompts, index: torch.Tensor, length: int) -> torch.Tensor:
@@ -437,52 +504,51 @@ class ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, excluded):
-        logps, entropy, norms = [], [], []
+        logps, entropy = hidden.new_empty(2, len(hidden), dtype=lean.wide(hidden.dtype))  # (N,), (N,)
         for part in chunks(hidden, weight):
-            logits = tempered_logits(hidden[part], weight, temperature, excluded)  # (n, V)
-            norm = logits.logsumexp(-1)  # (n,)
-            logps.append(logits.gather(1, targets[part, None])[:, 0] - norm)
-            # H = log Z − Σ p·logit; an excluded token has p = 0 and logit −inf, whose product must count as 0
-            weighted = (logits - norm[:, None]).exp_().mul_(logits.masked_fill_(logits == -torch.inf, 0.0))
-            entropy.append(norm - weighted.sum(-1))
-            norms.append(norm)
-        logps, entropy, norms = (torch.cat(x) if x else hidden.new_zeros(0) for x in (logps, entropy, norms))
-        ctx.save_for_backward(hidden, weight, targets, norms)
+            full = tempered_logits(hidden[part], weight, temperature, excluded).log_softmax(-1)  # (n, V)
+            logps[part] = full.gather(1, targets[part, None])[:, 0]
+            p = full.exp()
+            if excluded is not None:
+                full.masked_fill_(excluded, 0.0)  # there p · log p is 0 · −inf, and counts as 0
+            entropy[part] = -torch.linalg.vecdot(p, full)
+        ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.excluded = temperature, excluded
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx, grad_logps, _grad_entropy):
-        hidden, weight, targets, norms = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # summed over chunks in float32 at least: many small contributions would be rounded away in bfloat16
-        grad_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=lean.wide(weight.dtype)) if ctx.needs_input_grad[1] else None
         for part in chunks(hidden, weight):
-            logits = tempered_logits(hidden[part], weight, ctx.temperature, ctx.excluded)  # (n, V)
-            scale = grad_logps[part, None] / ctx.temperature  # (n, 1)
-            grad_logits = logits.sub_(norms[part, None]).exp_().mul_(-scale)  # −scale · p
-            grad_logits.scatter_add_(1, targets[part, None], scale)
-            grad_logits = grad_logits.to(hidden.dtype)
+            p = tempered_logits(hidden[part], weight, ctx.temperature, ctx.excluded).softmax(-1)  # (n, V)
+            p.scatter_add_(1, targets[part, None], -torch.ones_like(p[:, :1]))  # p − onehot, before anything is rounded
+            p = p.to(hidden.dtype)
+            scale = -grad_logps[part, None] / ctx.temperature  # (n, 1)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
+                grad_hidden[part] = (p @ weight) * scale
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+                scaled = (hidden[part] * scale).to(hidden.dtype)  # (n, H)
+                if p.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(p.T, scaled)  # without another tensor of the weight's size
+                else:
+                    grad_weight += p.T @ scaled
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def tempered_logits(hidden, weight, temperature: float, excluded) -> torch.Tensor:
     """(n, V) logits / temperature in float32 (float64 stays), −inf on excluded tokens."""
-    logits = (hidden @ weight.T).to(wide(hidden.dtype))
+    logits = (hidden @ weight.T).to(lean.wide(hidden.dtype))
     if temperature != 1:
         logits.div_(temperature)
     return logits if excluded is None else logits.masked_fill_(excluded, -torch.inf)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def chunks(hidden, weight) -> list[slice]:
-    size = max(1, LOGIT_CHUNK_BYTES // (4 * weight.shape[0]))
+    """On a CPU so small that the next chunk uses the same memory again, which stays in the cache if V is small."""
+    at_once = min(LOGIT_CHUNK_BYTES, KEPT_BYTES if hidden.device.type == "cpu" else LOGIT_CHUNK_BYTES)
+    size = min(512, max(1, at_once // (4 * weight.shape[0])))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]

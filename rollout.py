@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from llms import LLM, Prompts, encode_prompts, forward_prompts
+import lean
+from llms import LLM, Prompts, encode_prompts, forward_prompts, keys_and_values
 
-LEAN_FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
-WINDOW = 64  # attention reads the cache in multiples of this many slots: few shapes, hence few CUDA graphs
+# Attention reads the cache in multiples of so many slots: less to read on a CPU, fewer shapes to capture on a GPU.
+WINDOW = {"cpu": 16, "cuda": 64}
 
 
 @dataclass
@@ -135,20 +136,11 @@ def get_decoder(llm: LLM, rows: int, slots: int) -> Decoder:
     """The model's decoder, kept between calls so that buffers and CUDA graphs are made once; a larger one if needed."""
     kept = llm.decoder
     if kept is None or kept.max_rows < rows or kept.slots < slots:
-        kind = LeanDecoder if is_lean(llm.model) else Decoder
+        kind = LeanDecoder if lean.is_lean(llm.model) else Decoder
         rows, slots = max(rows, kept.max_rows if kept else 0), max(slots, kept.slots if kept else 0)
         llm.decoder = None  # let the old buffers go before the new ones are made
-        llm.decoder = kept = kind(llm, rows, -(-slots // WINDOW) * WINDOW)
+        llm.decoder = kept = kind(llm, rows, slots)
     return kept
-
-
-def is_lean(model) -> bool:
-    """Does LeanDecoder know this architecture? Others decode through transformers' own forward pass."""
-    config = model.config.get_text_config()
-    full_attention = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    rope = getattr(config, "rope_parameters", None) or {}  # none where positions are learned, as in GPT-2
-    static_rope = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-    return config.model_type in LEAN_FAMILIES and full_attention and static_rope and config.hidden_act == "silu"
 
 
 class Decoder:
@@ -161,8 +153,9 @@ class Decoder:
     uses_graphs = False
 
     def __init__(self, llm: LLM, max_rows: int, slots: int):
-        self.llm, self.max_rows, self.slots = llm, max_rows, slots
         device = llm.device
+        self.window = WINDOW.get(device.type, 64)
+        self.llm, self.max_rows, self.slots = llm, max_rows, round_up(slots, self.window)
         # The host waits for the device when it looks at `alive`: free on a CPU, a bubble on a GPU.
         self.look_every = 1 if device.type == "cpu" else 16
         self.excluded = llm.excluded_mask()  # (V,) or None
@@ -170,13 +163,12 @@ class Decoder:
         self.tokens = torch.zeros(max_rows, dtype=torch.long, device=device)  # what each row reads next
         self.positions = torch.zeros(max_rows, dtype=torch.long, device=device)  # and its rotary position
         self.alive = torch.zeros(max_rows, dtype=torch.bool, device=device)
-        self.hide = torch.zeros(
-            max_rows, 1, 1, slots, device=device
-        )  # −inf on the slots that a row may not see, else 0
+        # −inf on the slots that a row may not see, else 0
+        self.hide = torch.zeros(max_rows, 1, 1, self.slots, device=device)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # the cache slot written next
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # the column of the output written next
-        self.ids = torch.zeros(max_rows, slots, dtype=torch.long, device=device)
-        self.logps = torch.zeros(max_rows, slots, device=device)
+        self.ids = torch.zeros(max_rows, self.slots, dtype=torch.long, device=device)
+        self.logps = torch.zeros(max_rows, self.slots, device=device)
         self.lengths = torch.zeros(max_rows, dtype=torch.long, device=device)
 
     def start(self, prompts: Prompts, cache, num_generations: int, temperature: float, generator, ignore_eos: bool):
@@ -221,7 +213,7 @@ class Decoder:
                     keep = order[: halve_to(self.rows, num_alive)]
                     origin = origin[keep]
                     self.keep_rows(keep)
-            self.step(self.rows, -(-(self.prompt_length + produced) // WINDOW) * WINDOW)
+            self.step(self.rows, round_up(self.prompt_length + produced, self.window))
         hand_over()
         longest = int(lengths.max())
         return ids[:, :longest], logps[:, :longest], lengths, finished
@@ -290,6 +282,10 @@ class Decoder:
         ).last_hidden_state[:, -1]
 
 
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 def halve_to(rows: int, needed: int) -> int:
     """Halve `rows` as long as `needed` rows still fit: few different batch shapes, hence few CUDA graphs."""
     while needed <= rows // 2:
@@ -302,19 +298,12 @@ class LeanDecoder(Decoder):
 
     def __init__(self, llm: LLM, max_rows: int, slots: int):
         super().__init__(llm, max_rows, slots)
-        self.text_model = getattr(llm.model.base_model, "language_model", llm.model.base_model)
+        self.text_model = lean.text_model_of(llm.model)
         attention = self.text_model.layers[0].self_attn
-        self.head_dim = D = attention.head_dim
-        self.num_queries = attention.q_proj.out_features // D
-        self.num_keys = attention.k_proj.out_features // D
-        shape = (max_rows, self.num_keys, slots, D)
-        self.caches = [
-            (
-                torch.zeros(shape, dtype=llm.dtype, device=llm.device),
-                torch.zeros(shape, dtype=llm.dtype, device=llm.device),
-            )
-            for _ in self.text_model.layers
-        ]
+        self.scaling, D = attention.scaling, attention.head_dim
+        heads, options = attention.k_proj.out_features // D, {"dtype": llm.dtype, "device": llm.device}
+        shape = (max_rows, heads, self.slots, D)
+        self.caches = [(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in self.text_model.layers]
         self.cos, self.sin = self.rotary_table()  # (S, D)
         self.fuse()
         self.uses_graphs = llm.device.type == "cuda"
@@ -325,7 +314,8 @@ class LeanDecoder(Decoder):
         positions = torch.arange(self.slots, device=self.llm.device)[None]  # (1, S)
         if hasattr(self.llm.model.base_model, "get_rope_index"):
             positions = positions.expand(3, 1, -1)  # a text token stands at the same place in time, height and width
-        cos, sin = self.text_model.rotary_emb(torch.zeros(1, dtype=self.llm.dtype, device=self.llm.device), positions)
+        example = torch.zeros(1, dtype=self.llm.dtype, device=self.llm.device)
+        cos, sin = lean.rotary(self.text_model, example, positions)
         return cos[0], sin[0]
 
     def fuse(self) -> None:
@@ -347,9 +337,9 @@ class LeanDecoder(Decoder):
         super().start(prompts, *args)
 
     def load_cache(self, cache, num_generations: int) -> None:
-        for (keys, values), layer in zip(self.caches, cache.layers, strict=True):
-            keys[: self.rows, :, : self.prompt_length] = layer.keys.repeat_interleave(num_generations, 0)
-            values[: self.rows, :, : self.prompt_length] = layer.values.repeat_interleave(num_generations, 0)
+        for (keys, values), prompt in zip(self.caches, keys_and_values(cache), strict=True):
+            keys[: self.rows, :, : self.prompt_length] = prompt[0].repeat_interleave(num_generations, 0)
+            values[: self.rows, :, : self.prompt_length] = prompt[1].repeat_interleave(num_generations, 0)
 
     def keep_cache(self, keep: torch.Tensor) -> None:
         for keys, values in self.caches:
@@ -379,37 +369,17 @@ class LeanDecoder(Decoder):
         x = self.text_model.embed_tokens(self.tokens[:rows])  # (b, H)
         cos, sin = self.cos[self.positions[:rows], None], self.sin[self.positions[:rows], None]  # (b, 1, D)
         hide = self.hide[:rows, :, :, :window]  # (b, 1, 1, w)
-        for layer, (keys, values), (qkv, qkv_bias, gate_up) in zip(
-            self.text_model.layers, self.caches, self.fused, strict=True
-        ):
-            attention, mlp = layer.self_attn, layer.mlp
-            heads = F.linear(rms_norm(x, layer.input_layernorm), qkv, qkv_bias).view(rows, -1, self.head_dim)
-            query, key, value = heads.split([self.num_queries, self.num_keys, self.num_keys], 1)  # (b, heads, D)
-            if hasattr(attention, "q_norm"):  # Qwen3
-                query, key = rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)
-                rotated = rotate(torch.cat([query, key], 1), cos, sin)
-            else:
-                rotated = rotate(heads[:, : self.num_queries + self.num_keys], cos, sin)
-            query, key = rotated.split([self.num_queries, self.num_keys], 1)
+
+        def attend(number, query, key, value):
+            keys, values = self.caches[number]
             keys[:rows].index_copy_(2, self.slot, key.unsqueeze(2))
             values[:rows].index_copy_(2, self.slot, value.unsqueeze(2))
-            query = query.reshape(rows, self.num_keys, -1, self.head_dim)  # (b, key heads, queries per key head, D)
-            scores = (query * attention.scaling) @ keys[:rows, :, :window].transpose(2, 3)  # (b, key heads, queries, w)
-            weights = (scores + hide).softmax(-1).to(x.dtype)  # `hide` is float32, and so is the softmax
-            x = x + attention.o_proj((weights @ values[:rows, :, :window]).reshape(rows, -1))
-            gate, up = F.linear(rms_norm(x, layer.post_attention_layernorm), gate_up).chunk(2, -1)
-            x = x + mlp.down_proj(F.silu(gate) * up)
-        return rms_norm(x, self.text_model.norm)
+            query = query.reshape(rows, key.shape[1], -1, key.shape[2])  # (b, key heads, queries per key head, D)
+            scores = (query * self.scaling) @ keys[:rows, :, :window].transpose(2, 3)  # (b, key heads, queries, w)
+            weights = (scores + hide).softmax(-1).to(value.dtype)  # `hide` is float32, and so is the softmax
+            return (weights @ values[:rows, :, :window]).reshape(rows, -1)
 
-
-def rms_norm(x: torch.Tensor, norm) -> torch.Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves paired as Llama and Qwen do."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+        return lean.run_layers(self.text_model, x, cos, sin, attend, self.fused)
 
 
 def side_by_side(modules, name: str) -> torch.Tensor:

@@ -44,7 +44,7 @@ MUTATIONS = [
         "< lengths.clone()[:, None]  # (B, T)",
         "< (lengths - finished.long()).clone()[:, None]",
     ),
-    Mutation("off by one in the shift", "llms.py", "input_ids=ids[:, :-1],", "input_ids=ids[:, 1:],"),
+    Mutation("off by one in the shift", "llms.py", "index, ids[:, :-1], mask", "index, ids[:, 1:], mask"),
     Mutation(
         "off by one in the shift, prompts not shared",
         "llms.py",

@@ -67,8 +67,7 @@ def plain_loss(name, new, old, ref, advantages, longest):
 def compute_in_float64(monkeypatch):
     """Lets float64 models compute in float64 throughout, so that two ways of computing agree to many digits:
     transformers takes norms and the vision tower's rotary positions in float32 whatever the weights are."""
-    from transformers.models.qwen2 import modeling_qwen2
-    from transformers.models.qwen2_vl import modeling_qwen2_vl
+    import transformers.models as families
 
     def norm(self, x):
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
@@ -80,6 +79,10 @@ def compute_in_float64(monkeypatch):
 
         return turn(query), turn(key)
 
-    monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", norm)
-    monkeypatch.setattr(modeling_qwen2_vl.Qwen2VLRMSNorm, "forward", norm)
-    monkeypatch.setattr(modeling_qwen2_vl, "apply_rotary_pos_emb_vision", rotate)
+    for family in ("llama", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        code = getattr(getattr(families, family), f"modeling_{family}")
+        for name in vars(code):
+            if name.endswith("RMSNorm"):
+                monkeypatch.setattr(getattr(code, name), "forward", norm)
+        if hasattr(code, "apply_rotary_pos_emb_vision"):
+            monkeypatch.setattr(code, "apply_rotary_pos_emb_vision", rotate)

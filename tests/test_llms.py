@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from plain_reference import compute_in_float64
 from small_models import EOS, FAMILIES, TEXT, VISION, plain_inputs, question, questions
 
 import llms
@@ -384,9 +385,10 @@ def test_logps_under_another_model(load):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sharing_prompts_and_recomputing_layers_change_no_value_and_no_gradient(load, family):
+def test_sharing_prompts_and_recomputing_layers_change_no_value_and_no_gradient(load, family, monkeypatch):
     from main import enable_checkpointing
 
+    compute_in_float64(monkeypatch)
     llm = load(family)
     rollout = roll(llm, family)
     weights = torch.randn(rollout.completion_ids.shape, generator=torch.Generator().manual_seed(1))
@@ -405,6 +407,47 @@ def test_sharing_prompts_and_recomputing_layers_change_no_value_and_no_gradient(
     recomputed, recomputed_gradients = run(share_prompt=False)
     torch.testing.assert_close(recomputed, shared, **TOLERANCE)
     assert_same_gradients(recomputed_gradients, plain_gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_written_out_are_those_of_transformers(load, family, monkeypatch):
+    """The loss through lean.py and through the model's own modules: the same values and gradients, of every weight."""
+    compute_in_float64(monkeypatch)
+    llm = load(family)
+    rollout = roll(llm, family)
+    weights = torch.randn(rollout.completion_ids.shape, generator=torch.Generator().manual_seed(1)).double()
+    calls, written_out = [], llms.lean.forward
+    monkeypatch.setattr(llms.lean, "forward", lambda *args: calls.append(1) or written_out(*args))
+
+    def run():
+        logps = token_logps(llm, rollout, 0.9)
+        return logps.detach(), gradients(llm, (logps * weights).sum())
+
+    lean_logps, lean_gradients = run()
+    assert len(calls) == (2 if family in TEXT else 1)  # prompts with pictures go through the model's own modules
+    monkeypatch.setattr(llms, "computes_lean", lambda model: False)
+    logps, expected = run()
+    assert len(calls) <= 2
+    torch.testing.assert_close(lean_logps, logps, rtol=1e-9, atol=1e-11)
+    assert lean_gradients.keys() == expected.keys() == dict(llm.model.named_parameters()).keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            lean_gradients[name], gradient, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_lean_layers_leave_other_attention_alone(load):
+    """What was asked for by --attn_implementation is what runs."""
+    assert llms.computes_lean(load("qwen2").model) and not llms.computes_lean(load("qwen2", attention="eager").model)
+
+
+def test_gradients_of_the_norm():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 4, 6, generator=generator).double(), torch.randn(6, generator=generator).double()
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, weight: llms.lean.RMSNorm.apply(x, weight, 1e-3), (x, weight))
+    expected = torch.nn.functional.rms_norm(x, (6,), weight, 1e-3)
+    torch.testing.assert_close(llms.lean.RMSNorm.apply(x, weight, 1e-3), expected)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

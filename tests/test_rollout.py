@@ -1,5 +1,7 @@
 """The sampler draws from exactly softmax(logits / temperature), knows how probable it was, and ends where it should."""
 
+import random
+
 import pytest
 import torch
 from small_models import EOS, FAMILIES, GENERATION, VISION, plain_inputs, question, questions
@@ -233,7 +235,7 @@ def test_greedy_decoding_is_that_of_generate(load, family):
 def test_lean_and_plain_decoding_are_the_same(load, family, monkeypatch):
     llm = load(family)
     lean = draw(llm, family, temperature=0.9, seed=1)  # a number drawn on the border of two tokens could go either way
-    monkeypatch.setattr(rollout_module, "is_lean", lambda model: False)
+    monkeypatch.setattr(rollout_module.lean, "is_lean", lambda model: False)
     llm.decoder = None
     plain = draw(llm, family, temperature=0.9, seed=1)
     assert type(llm.decoder) is Decoder
@@ -241,7 +243,9 @@ def test_lean_and_plain_decoding_are_the_same(load, family, monkeypatch):
 
 
 def many_questions():
-    return [question("How many eggs are there in a basket?"[: 3 + n]) for n in range(33)]
+    """33 strings of random letters, 5 to 37 long: what such a model answers has nothing in common."""
+    letters = "abcdefghijklmnopqrstuvwxyz 0123456789"
+    return [question("".join(random.Random(n).choices(letters, k=5 + n))) for n in range(33)]
 
 
 @pytest.mark.parametrize("look_every", [1, 5, 16])
@@ -251,7 +255,7 @@ def test_rows_that_leave_change_nothing(load, monkeypatch, lean, look_every):
 
     `look_every`: on a GPU the host looks only now and then, so rows go on past their end; nothing of that comes out.
     """
-    monkeypatch.setattr(rollout_module, "is_lean", lambda model: lean)
+    monkeypatch.setattr(rollout_module.lean, "is_lean", lambda model: lean)
     llm, kept, keep_rows = load("llama"), [], Decoder.keep_rows
 
     def spy(decoder, keep):
@@ -285,7 +289,7 @@ def test_halvings():
 
 @pytest.mark.parametrize("lean", [True, False])
 def test_a_decoder_is_used_again_for_other_shapes(load, monkeypatch, lean):
-    monkeypatch.setattr(rollout_module, "is_lean", lambda model: lean)
+    monkeypatch.setattr(rollout_module.lean, "is_lean", lambda model: lean)
     used, family = load("qwen2_vl"), "qwen2_vl"
     draw(used, family, generations=10, length=100)
     kept = used.decoder
@@ -302,7 +306,7 @@ def test_a_larger_decoder_keeps_the_larger_of_both_sizes(load):
     llm = load("qwen2")
     get_decoder(llm, 10, 100)
     assert get_decoder(llm, 5, 300).max_rows == 10
-    assert get_decoder(llm, 20, 50).slots == 320
+    assert get_decoder(llm, 20, 50).slots == 304
 
 
 @pytest.mark.parametrize("family", FAMILIES)
