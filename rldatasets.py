@@ -83,11 +83,15 @@ class Dataset(ABC):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has examples 0 to {len(self) - 1}, not {index}")
-        question, images, answer = self.make(index)
+        name = f"{self.name}-{self.split}-{self.seed}-{index}"
+        try:
+            question, images, answer = self.make(index)
+        except Exception as error:
+            raise ValueError(f"the example {name} cannot be made: {error!r}") from error
         placeholders = [{"type": "image"} for _ in images]
         content = [*placeholders, {"type": "text", "text": question}] if images else question
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
-        return Example(f"{self.name}-{self.split}-{self.seed}-{index}", messages, images, answer)
+        return Example(name, messages, images, answer)
 
     @abstractmethod
     def make(self, index: int) -> tuple[str, list[Image.Image], str]:

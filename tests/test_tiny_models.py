@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_models
+from arithmetic_generator import apply
 from evaluator import get_evaluator
 from rldatasets import DATASETS, get_dataset
 from tiny_models import ANSWER, END, REASONING, RECIPES, TAGS, TINY_DEFAULTS, completion_text, tiny_model
@@ -145,7 +146,7 @@ def test_every_answer_comes_back_as_it_was_written(tokenizer, task):
 
 
 @pytest.mark.parametrize(
-    ("task", "answer", "tokens"), [("clock", "08:15:30", 3), ("correlation", "-0.42", 2), ("arithmetic", "17", 1)]
+    ("task", "answer", "tokens"), [("clock", "08:15:30", 6), ("correlation", "-0.42", 3), ("arithmetic", "17", 1)]
 )
 def test_answers_and_tags_are_few_tokens(tokenizer, task, answer, tokens):
     """AutoTokenizer once put Qwen2's way of cutting texts in place of the saved one, and 17 became two tokens."""
@@ -297,9 +298,22 @@ def test_labels_are_rough_and_readable(task):
     if task == "clock":
         assert 60 < metrics["mean_abs_error_minutes"] < 120
     elif task == "correlation":
-        assert 0.2 < metrics["mean_abs_error"] < 0.4
+        assert 0.2 < metrics["mean_abs_error"] < 0.5
     else:
         assert 0.02 < metrics["accuracy"] < 0.4
+
+
+def test_labels_of_arithmetic_calculate_rightly_and_choose_operations_at_random():
+    chosen, told, rng = set(), set(), random.Random(0)
+    for _ in range(200):
+        wrong, answer = RECIPES["arithmetic"].noise("12 / 3 = 4\n4 + 4 = 8", "8", rng)
+        first, second = (line.split() for line in wrong.split("\n"))
+        for a, operator, b, _, result in (first, second):
+            assert apply(operator, int(a), int(b)) == int(result) and 1 <= int(result) <= 20
+        assert first[4] == second[0] and second[4] == answer
+        chosen.add(first[1])
+        told.add(wrong == "12 / 3 = 4\n4 + 4 = 8")
+    assert chosen == {"+", "-", "/"} and told == {True, False}  # 12 * 3 is more than there may be
 
 
 def test_every_example_is_shown_once_an_epoch():
