@@ -150,7 +150,7 @@ class RewardEvaluator(ABC):
 
         Raises:
             ValueError: unless there is one answer per completion and at least one of them.
-            RewardError: if a reward cannot be computed, naming the task and the completion.
+            RewardError: if a reward or metric cannot be computed, naming the task and the reward's completion.
         """
         import torch  # only here, so that reading answers does not cost a second of importing
 
@@ -163,7 +163,11 @@ class RewardEvaluator(ABC):
             except Exception as error:
                 place = f"completion {row} of {len(completions)}, {completion[:80]!r}, with the answer {answer!r}"
                 raise RewardError(f"the rewards of the task {self.task!r} failed on {place}: {error!r}") from error
-        return torch.tensor(rows, dtype=torch.float32), self.measure(completions, answers)  # (B, K)
+        try:
+            metrics = self.measure(completions, answers)
+        except Exception as error:
+            raise RewardError(f"the metrics of the task {self.task!r} failed: {error!r}") from error
+        return torch.tensor(rows, dtype=torch.float32), metrics  # (B, K)
 
     def predict(self, completion: str) -> Reading:
         """The lenient reading: the last answer in the tags or, failing that, the last one in the text."""

@@ -236,7 +236,7 @@ def train(args, llm, reference, loader, eval_dataset, evaluator, folder, resumed
     if resumed:
         restore(resumed, state, loader, weights, optimizer, generator, reference)
     batches = Batches(loader, llm)
-    watch, progress = StopWatch(args), Progress(state["step"], args, evaluator)
+    watch, progress, unsaved = StopWatch(args), Progress(state["step"], args, evaluator), False
 
     def evaluate_and_log():
         metrics, groups = evaluate(llm, eval_dataset, evaluator, args)
@@ -305,8 +305,11 @@ def train(args, llm, reference, loader, eval_dataset, evaluator, folder, resumed
             folder.log_samples(state["step"], groups)
         if due(args.eval_steps) and state["step"] < args.max_steps:
             evaluate_and_log()
-        if due(args.save_steps) and state["step"] < args.max_steps:
+        unsaved = unsaved or due(args.save_steps)
+        # A skipped step may mean that the weights broke: they must not push good checkpoints out.
+        if unsaved and not state["skipped_in_a_row"] and state["step"] < args.max_steps:
             save()
+            unsaved = False
     if state["step"] >= args.max_steps and state["step"] not in state["evals"]:
         evaluate_and_log()
     save()
@@ -383,11 +386,13 @@ def collect(llm, batches, evaluator, args, generator, timer) -> Batch:
         seed = batches.state["position"]
         rewards = rewards[torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed))]
     totals = rewards.sum(1)  # (B,)
-    if objective.overlong_buffer:
-        lengths = rollout.completion_mask.sum(1).cpu()
-        totals = totals + soft_overlong_penalty(lengths, args.max_completion_length, objective.overlong_buffer)
     sampled_totals = totals if rounds == 1 else first[1]
-    return Batch(examples, rollout, rewards, totals, first[0], sampled_totals)
+    metrics = first[0]
+    if objective.overlong_buffer:  # no part of the logged reward, nor of what makes a group worth replacing
+        lengths = rollout.completion_mask.sum(1).cpu()
+        penalty = soft_overlong_penalty(lengths, args.max_completion_length, objective.overlong_buffer)  # (B,)
+        totals, metrics = totals + penalty, {**metrics, "overlong_penalty": float(penalty.mean())}
+    return Batch(examples, rollout, rewards, totals, metrics, sampled_totals)
 
 
 def plan_of(rollout, args) -> list[list[int]]:
@@ -605,8 +610,6 @@ def evaluate(llm, dataset, evaluator, args) -> tuple[dict, list[dict]]:
     texts = [text for batch in batches for text in batch.rollout.texts]
     answers = [example.answer for batch in batches for example in batch.examples]
     skipped = len(dataset) - len(texts)
-    if not texts:
-        raise ValueError(f"all {skipped} test prompts are longer than --max_prompt_length {args.max_prompt_length}")
     rewards, metrics = evaluator.compute_rewards(texts, answers)  # (N, K)
     lengths = torch.cat([batch.rollout.completion_mask.sum(1) for batch in batches])  # (N,)
     finished = torch.cat([batch.rollout.finished for batch in batches])  # (N,)
@@ -928,14 +931,11 @@ def at_least(kind: type, least):
 
 
 def nearest(name: str, known, otherwise: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return (
-        f"did you mean {near[0]}?"
-        if near
-        else f"choose from {', '.join(known)}"
-        if not otherwise
-        else f"see {otherwise}"
-    )
+    near = difflib.get_close_matches(name, list(known))
+    if near:
+        swapped = [one for one in near if sorted(one) == sorted(name)]  # "gpro" means grpo, not gspo
+        return f"did you mean {(swapped or near)[0]}?"
+    return f"see {otherwise}" if otherwise else f"choose from {', '.join(known)}"
 
 
 def build_parser() -> Parser:
@@ -1046,13 +1046,21 @@ def parse_args(argv=None) -> argparse.Namespace:
 
         parser.set_defaults(**TINY_DEFAULTS.get(args.dataset_name, {}))
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "main.py", *argv])
+    args.command, args.go_on = shlex.join(["python", "main.py", *argv]), command_to_go_on(argv)
     check_flags(parser, args)
     args.output_dir = args.output_dir or f"runs/{args.dataset_name}-{Path(args.model_path).name}"
     chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(Objective)}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     args.choices = dataclasses.replace(OBJECTIVES[args.objective], **chosen)
     return args
+
+
+def command_to_go_on(argv: list[str]) -> str:
+    """The command that resumes the run that was started, or resumed, with these arguments."""
+    once = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    once.add_argument("--resume", nargs="?")
+    once.add_argument("--overwrite_output_dir", action="store_true")
+    return shlex.join(["python", "main.py", *once.parse_known_args(argv)[1], "--resume"])
 
 
 def check_flags(parser: Parser, args) -> None:
@@ -1099,6 +1107,7 @@ def run(args) -> int:
     evaluator = get_evaluator(args.dataset_name)
     checkpoint = folder.open_resume(None if args.resume == "newest" else args.resume) if args.resume else None
     if args.resume and checkpoint is None:
+        check_none_is_lost(folder)
         print(f"the run in {folder.path} stopped before its first checkpoint: it starts again from step 0")
 
     from llms import load_llm
@@ -1120,6 +1129,8 @@ def run(args) -> int:
         args.dataset_options,
         keep=lambda example: prompt_length(llm, example) <= args.max_prompt_length,
     )
+    if all(prompt_length(llm, example) > args.max_prompt_length for example in eval_dataset):
+        raise ValueError(f"all test prompts are longer than --max_prompt_length {args.max_prompt_length}: raise it")
     steps = math.ceil(args.num_train_epochs * loader.steps_per_epoch) * args.num_iterations
     args.max_steps = args.total_steps = args.max_steps or max(1, steps)
     config = describe_run(args, llm, evaluator, hardware_and_versions(str(llm.device)))
@@ -1130,22 +1141,21 @@ def run(args) -> int:
         args.total_steps = began["resolved"]["total_steps"]  # the schedule goes on as it began
         config["resolved"]["total_steps"] = args.total_steps
     else:
-        folder.open_new(args.overwrite_output_dir, checkpoint_bytes(llm))
+        folder.open_new(args.overwrite_output_dir, checkpoint_bytes(llm), config)
     with folder:
         say_hello(args, llm, loader, eval_dataset, folder)
         if args.eval_only:
-            return evaluate_only(args, llm, eval_dataset, evaluator, folder, config)
+            return evaluate_only(args, llm, eval_dataset, evaluator, folder)
         if args.resume:
             folder.truncate_after(resumed["state"]["step"] if resumed else -1)
-        folder.write_config(config)
+            folder.write_config(config)
         reference = None
         if args.choices.beta:
             reference = load_llm(model_path, args.device, args.dtype, args.attn_implementation).model
             reference.requires_grad_(False)
         outcome = train(args, llm, reference, loader, eval_dataset, evaluator, folder, resumed)
     if outcome["step"] < args.max_steps:
-        command = args.command.replace(" --overwrite_output_dir", "").partition(" --resume")[0]
-        print(f"stopped at step {outcome['step']} of {args.max_steps}; go on with:  {command} --resume")
+        print(f"stopped at step {outcome['step']} of {args.max_steps}; go on with:  {args.go_on}")
         return 128 + outcome["signal"] if outcome["signal"] else 0
     print(closing_words(args, evaluator, outcome, folder))
     return 0
@@ -1167,11 +1177,10 @@ def check_model(args, llm) -> None:
         )
 
 
-def evaluate_only(args, llm, eval_dataset, evaluator, folder, config: dict) -> int:
+def evaluate_only(args, llm, eval_dataset, evaluator, folder) -> int:
     """Print the metrics; into a new folder they are written too, while a run that goes on stays as it is."""
     metrics, groups = evaluate(llm, eval_dataset, evaluator, args)
     if not args.resume:
-        folder.write_config(config)
         folder.log_eval(0, metrics, groups)
     for name, value in metrics.items():
         print(f"{name:32} {value:.6g}")
@@ -1184,7 +1193,9 @@ def describe_run(args, llm, evaluator, machine: dict) -> dict:
         "command": args.command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "flags": {
-            name: value for name, value in vars(args).items() if name not in ("choices", "command", "total_steps")
+            name: value
+            for name, value in vars(args).items()
+            if name not in ("choices", "command", "go_on", "total_steps")
         },
         "resolved": {
             **dataclasses.asdict(args.choices),
@@ -1207,6 +1218,19 @@ def describe_run(args, llm, evaluator, machine: dict) -> dict:
 
 MAY_CHANGE = "max_steps eval_steps save_steps save_total_limit max_minutes log_completions_steps log_completions_groups"
 MAY_CHANGE += " resume overwrite_output_dir output_dir eval_only"
+
+
+def check_none_is_lost(folder) -> None:
+    """A run without checkpoints starts again, unless it must have had some: then its log is worth more than that."""
+    from run_folder import read_records
+
+    flags, logged = folder.read_config()["flags"], len(read_records(folder.log_path))
+    latest = flags["save_steps"] + flags["num_iterations"] + flags["max_skipped_steps"]  # by then there was one
+    if flags["save_steps"] and logged >= latest:
+        raise ValueError(
+            f"{folder.path} has logged {logged} steps and its checkpoints are gone: bring them back, or begin anew "
+            "with --overwrite_output_dir"
+        )
 
 
 def check_same_flags(began: dict, now: dict) -> None:
@@ -1262,7 +1286,11 @@ def main(argv=None) -> int:
         if os.environ.get("GRPO_TRACEBACK"):  # for whoever debugs the code rather than the input
             raise
         message = " ".join(str(error).split())
-    print(f"main.py: {message}", file=sys.stderr)
+    except KeyboardInterrupt:  # before or after training, during which StopWatch listens
+        print("main.py: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    # It may quote what a model wrote, which must not act upon the terminal.
+    print("main.py: " + "".join(c if c.isprintable() else "�" for c in message), file=sys.stderr)
     return 2
 
 

@@ -105,8 +105,9 @@ class RunFolder:
                 "free some space or choose another --output_dir"
             )
 
-    def open_new(self, overwrite: bool = False, needed_bytes: int = SMALL_RUN) -> None:
+    def open_new(self, overwrite: bool = False, needed_bytes: int = SMALL_RUN, config: dict | None = None) -> None:
         """Locks the folder for a new run with an empty log. `overwrite` removes the run that is there, and only that.
+        `config` is written before anything else, so that whatever is left of a run that is killed can be resumed.
 
         Raises RunFolderError as `check_new` does."""
         self.check_new(overwrite, needed_bytes)
@@ -117,6 +118,8 @@ class RunFolder:
                 self._refuse_existing_run()  # one that was started and ended between the check and the lock
             for path in list(self._written()):
                 _remove(path)
+            if config is not None:
+                self.write_config(config)
             _write_whole(self.log_path, EMPTY_LOG)
 
     def open_resume(self, checkpoint: str | os.PathLike | None = None) -> Path | None:

@@ -523,3 +523,18 @@ def test_each_completion_is_scored_against_its_own_prompts_answer(models, name):
     with torch.no_grad():  # joined from rounds of different widths, each row still follows its own prompt
         logps = token_logps(llm, rollout, 0.8).float()
     torch.testing.assert_close(logps, rollout.sampler_logps, atol=2e-5, rtol=1e-5)
+
+
+def test_the_overlong_penalty_counts_in_the_advantages_and_not_in_the_logged_reward(models):
+    llm, args = models("qwen2"), flags("dapo")
+    args.prompts_per_step, args.num_generations, args.max_completion_length = 4, 3, 8
+    batches = main.Batches(Prompter(4), llm)
+    batch = main.collect(llm, batches, PairEvaluator(), args, torch.Generator().manual_seed(0), main.Timer())
+    batches.close()
+    lengths = batch.rollout.completion_mask.sum(1)
+    assert (lengths == 8).any()
+    penalty = main.soft_overlong_penalty(lengths, 8, args.choices.overlong_buffer)
+    torch.testing.assert_close(batch.totals, batch.rewards.sum(1) + penalty)
+    assert batch.metrics["overlong_penalty"] == pytest.approx(float(penalty.mean()))
+    groups = batch.sampled_totals  # of whole points: PairEvaluator gives no fractions
+    assert torch.equal(groups, groups.round())

@@ -511,7 +511,7 @@ def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(l
     llm, passes = load(family), []
     args, *step = step_of(llm, family)
     layers = getattr(llm.model.base_model, "language_model", llm.model.base_model).layers
-    layers[0].input_layernorm.register_forward_hook(lambda *_: passes.append(1))
+    layers[0].self_attn.q_proj.register_forward_hook(lambda *_: passes.append(1))
     expected = accumulated(llm, [list(range(12))], args, *step)
     assert len(passes) == 2  # prompts, completions
     main.enable_checkpointing(llm.model)
@@ -860,6 +860,16 @@ def test_qwen_vl_chat_is_refused_with_its_successor(refused):
 def test_lengths_beyond_the_context_are_refused(refused):
     error = refused("--max_completion_length", 2000)
     assert "2048 tokens" in error and "--max_completion_length 2000" in error
+
+
+def test_prompts_that_are_all_too_long_are_refused(refused):
+    assert "longer than --max_prompt_length 3" in refused("--max_prompt_length", 3)
+
+
+def test_a_swapped_letter_finds_the_objective_that_was_meant(capsys):
+    with pytest.raises(SystemExit):
+        main.parse_args(["--objective", "gpro"])
+    assert "did you mean grpo?" in capsys.readouterr().err
 
 
 def test_more_prompts_than_examples_are_refused(refused):
