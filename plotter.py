@@ -48,6 +48,7 @@ PLAIN = {  # metric -> title, unit; "%" is a share in [0, 1], drawn times 100
     "avg_reward": ("Mean reward", "points"),
     "reward_std": ("Spread of the rewards", "points"),
     "zero_std_fraction": ("Groups whose rewards are all equal", "%"),
+    "overlong_penalty": ("Penalty for overlong completions", "points"),
     "loss": ("Loss", ""),
     "grad_norm": ("Gradient norm before clipping", ""),
     "learning_rate": ("Learning rate", ""),
@@ -74,7 +75,8 @@ CHARTS = {  # charts of several panels: file name -> title, metrics
     "optimization": ("Optimization", ["loss", "grad_norm", "learning_rate", "skipped_steps"]),
     "policy": ("How the policy moves", ["kl", "entropy", "clip_fraction", "ratio", "sampler_logp_diff"]),
     "completions": ("Completions and groups",
-                    ["completion_length", "truncated_fraction", "zero_std_fraction", "reward_std", "skipped_prompts"]),
+                    ["completion_length", "truncated_fraction", "overlong_penalty", "zero_std_fraction", "reward_std",
+                     "skipped_prompts"]),
     "time": ("Where the time goes", [r"seconds(/.*)?", "tokens", "tokens_per_second", "peak_memory_gb"]),
     "other": ("What else was logged", []),
 }  # fmt: skip
@@ -119,7 +121,8 @@ def mean_and_range(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
     table = np.full((len(curves), len(steps)), np.nan)
     for row, (s, values) in zip(table, curves, strict=True):
         row[np.searchsorted(steps, s)] = values
-    return steps, np.nanmean(table, 0), np.nanmin(table, 0), np.nanmax(table, 0)
+    low, high = np.nanmin(table, 0), np.nanmax(table, 0)
+    return steps, np.nanmean(table, 0).clip(low, high), low, high  # the mean of equal values is rounded, to either side
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,11 +202,12 @@ def draw_panel(ax, key: str, groups: list[Group], training: bool = True) -> None
         points = (COLOURS[1], "-", "o") if alone else style
         draw_evaluations(ax, EVAL_NAME.get(key, key), group, points, scale, alone, training)
     values = np.concatenate([line.get_ydata() for line in ax.lines])
+    draw_reference_lines(ax, headline, best_constant, scale)
     if values.min() > 0 and values.max() > 100 * np.median(values):
         ax.set_yscale("log")  # else one outlier flattens everything
     elif values.min() >= 0 and not 0.02 < np.ptp(values) / max(values.max(), 1e-30) < 0.7:
-        ax.set_ylim(bottom=0, top=1.25 * values.max() or 1)  # what is constant looks so, what falls far is seen to
-    draw_reference_lines(ax, headline, best_constant, scale)
+        highest = max(max(line.get_ydata()) for line in ax.lines)  # what guessing gives included
+        ax.set_ylim(bottom=0, top=1.25 * highest or 1)  # what is constant looks so, what falls far is seen to
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}" if abs(value) >= 1e-3 else f"{value:.3g}")
     ax.set(title=title, ylabel=unit)
     ax.margins(x=0.02)

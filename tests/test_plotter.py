@@ -239,6 +239,18 @@ def test_runs_are_named_by_what_differs_and_seeds_go_together(tmp_path):
                                            "correlation_2_model_path_large_learning_rate_1e_05"]  # fmt: skip
 
 
+def test_what_guessing_gives_stays_on_a_chart_that_falls_far_below_it(tmp_path):
+    run = make_run(tmp_path, "correlation", steps=6, eval_steps=3, eval_size=3)
+    records = json.loads((run / "train_logs.json").read_text())
+    for record in records:
+        record["mean_abs_error"] = 0.3 * 0.5 ** record["step"]
+    (run / "train_logs.json").write_text(json.dumps(records))
+    for step, path in enumerate(sorted(run.glob("eval_logs/metrics_*.json"))):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"mean_abs_error": 0.3 * 0.2**step}))
+    (ax,) = charts_of(run)["eval_score"].axes
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 2 / 3
+
+
 def test_different_tasks_and_options_can_be_compared(tmp_path):
     options = {"style": "bold", "size": 56}
     clock = make_run(tmp_path / "a", "clock", steps=3, eval_steps=3, eval_size=3, dataset_options=options)
@@ -259,6 +271,14 @@ def test_two_runs_leave_the_first_ones_charts_alone(tmp_path):
     assert "beta=1" in (a / "plots/comparison/scores.md").read_text()
     assert plotter.main(["--output_dir", str(a), str(b), "--plots_dir", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both/report.html").exists() and (tmp_path / "both/train_score.png").exists()
+
+
+def test_the_mean_of_equal_seeds_lies_in_their_range():
+    """It was rounded to below the lowest of three, and the chart of three seeds was refused."""
+    steps = np.arange(200)
+    curves = [(steps, 0.1 + steps / 997)] * 3
+    _, mean, low, high = plotter.mean_and_range(curves)
+    assert (low <= mean).all() and (mean <= high).all()
 
 
 def test_runs_of_different_lengths_share_a_chart(tmp_path):

@@ -147,6 +147,7 @@ def test_a_real_short_run_is_shown(browser, tmp_path, model_folder):
     assert main.main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
     browser.open(report_of(tmp_path / "run"))
     assert browser.text("#step") == "step 1 (1 of 2)"
+    assert browser.script("return window.scrollY") == 0  # the summary is what one sees first
     assert browser.script("return document.querySelectorAll('article').length") == 4
     logged = json.loads((tmp_path / "run/train_samples/step_000002.json").read_text())["groups"][1]
     browser.press("right")
