@@ -596,11 +596,12 @@ def evaluate(llm, dataset, evaluator, args) -> tuple[dict, list[dict]]:
     batches: list[Batch] = []
     sampled: list[list[str]] = []  # k further answers to each question
     for first in range(0, len(dataset), args.eval_batch_size):
-        examples = (dataset[i] for i in range(first, min(first + args.eval_batch_size, len(dataset))))
-        examples = [example for example in examples if prompt_length(llm, example) <= args.max_prompt_length]
-        if not examples:
-            continue
+        examples = [dataset[i] for i in range(first, min(first + args.eval_batch_size, len(dataset)))]
         prompts = encode_prompts(llm, examples)
+        fitting = [i for i, length in enumerate(prompts.mask.sum(1).tolist()) if length <= args.max_prompt_length]
+        if not fitting:
+            continue
+        examples, prompts = [examples[i] for i in fitting], prompts.select(fitting)
         rollout = sample(llm, prompts, 1, args.max_completion_length, temperature=0)
         rewards, metrics = evaluator.compute_rewards(rollout.texts, [example.answer for example in examples])  # (n, K)
         batches.append(Batch(examples, rollout, rewards, rewards.sum(1), metrics, rewards.sum(1)))
