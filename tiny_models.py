@@ -238,6 +238,9 @@ def tiny_model(
     if folder.is_dir():  # it was renamed into place when it was complete
         return folder
     cache.mkdir(parents=True, exist_ok=True)
+    for left in cache.glob(f".{folder.name}-*"):  # by a build that was killed; a younger one may be at work
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}-"))
     try:
         with quiet_randomness():

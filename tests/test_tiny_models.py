@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -233,6 +235,17 @@ def test_what_was_interrupted_is_never_used(tmp_path, monkeypatch):
     said = []
     folder = tiny_model("arithmetic", cache_dir=tmp_path, say=said.append, recipe=brief("arithmetic"))
     assert said and (folder / "model.safetensors").is_file()
+
+
+def test_what_killed_builds_left_is_cleared_away_and_what_others_build_is_not(tmp_path):
+    said, recipe = lambda line: None, brief("arithmetic", examples=8)
+    folder = tiny_model("arithmetic", cache_dir=tmp_path, say=said, recipe=recipe)
+    killed, at_work = (folder.with_name(f".{folder.name}-{name}") for name in ("killed", "at_work"))
+    folder.rename(killed)
+    at_work.mkdir()
+    os.utime(killed, (time.time() - 7200,) * 2)
+    tiny_model("arithmetic", cache_dir=tmp_path, say=said, recipe=recipe)
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, at_work.name}
 
 
 def test_two_processes_may_build_the_same_model(tmp_path):
