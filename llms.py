@@ -334,12 +334,14 @@ def encode_prompts(llm: LLM, examples) -> Prompts:
     pictures = [picture for example in examples for picture in example.images]
     if pictures and not llm.is_vision:
         raise ModelError(f"the task shows pictures and {llm.name} reads text only: choose a vision-language model")
-    # All in one call, which costs a third of one each. add_special_tokens: the chat template has written them already;
+    # All in one call, which costs half of one for each. add_special_tokens: the chat template has written them already;
     # twice would change the prompt.
     if pictures:
         output = llm.processor(text=texts, images=pictures, add_special_tokens=False)
-        grids = torch.as_tensor(output["image_grid_thw"]).split([len(example.images) for example in examples])
-        patches = torch.as_tensor(output["pixel_values"]).split([int(grid.prod(1).sum()) for grid in grids])
+        per_prompt = [len(example.images) for example in examples]
+        grids = torch.as_tensor(output["image_grid_thw"]).split(per_prompt)  # of each prompt (pictures, 3)
+        sizes = [int(grid.prod(1).sum()) for grid in grids]
+        patches = torch.as_tensor(output["pixel_values"]).split(sizes)  # of each prompt (patches, …)
         vision = [
             {"pixel_values": pixels, "image_grid_thw": grid} if len(grid) else {}
             for pixels, grid in zip(patches, grids, strict=True)

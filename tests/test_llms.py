@@ -492,3 +492,16 @@ def test_logps_of_bfloat16_weights_are_computed_in_float32(load):
     assert logps.dtype == torch.float32
     values = logps.detach()[rollout.completion_mask]
     assert (values != values.bfloat16().float()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_prompts_encoded_together_are_those_encoded_alone(load, family):
+    """Each keeps its own pictures, of which there are none, one or two."""
+    llm = load(family)
+    examples = [question("Nothing to see."), *questions(family)]
+    together = encode_prompts(llm, examples)
+    for row, example in enumerate(examples):
+        one, alone = together.select([row]), encode_prompts(llm, [example])
+        assert torch.equal(one.ids, alone.ids) and torch.equal(one.positions, alone.positions)
+        assert one.vision[0].keys() == alone.vision[0].keys()
+        assert all(torch.equal(one.vision[0][name], tensor) for name, tensor in alone.vision[0].items())
