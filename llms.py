@@ -1,8 +1,6 @@
-"""Language models, text and vision: loading them, encoding prompts, and the log-probabilities of tokens.
+"""Which model, which prompt? Loading language models, text and vision, and encoding prompts.
 
-With rollout.py this is the only file that knows transformers. Letters in the shape comments:
-Q prompts, B completions (rows; row i answers prompt `prompt_of_row[i]`), P prompt tokens (left-padded),
-T completion tokens (right-padded), H hidden size, V vocabulary, N completion tokens of all rows together.
+Letters in the shape comments: Q prompts, P prompt tokens (left-padded), V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,33 +9,39 @@ import ctypes
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+from huggingface_hub.utils import logging as hub_logging
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import logging
 
-import lean
+if TYPE_CHECKING:
+    from config import Config
+    from rldatasets import Dataset, Example
 
-# Memory for the logits that `token_logps` holds at once: the (B, T, V) tensor never exists, only (chunk, V) pieces.
-LOGIT_CHUNK_BYTES = 256 * 2**20
-KEPT_BYTES = 32 * 2**20  # the largest block that glibc can be told to keep, see `keep_freed_memory`
-
-# Attention that has become sure of itself makes probabilities like 1e-40, which a CPU multiplies a hundred times slower
-# than others: they count as 0. Set before torch starts its threads, which inherit it; GPUs do not care.
-torch.set_flush_denormal(True)
+KEPT_BYTES = 32 * 2**20  # the largest block that glibc can be told to keep
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep blocks of up to KEPT_BYTES that a step frees, for the next step to use. By default they go back
-    to the system, which hands them out again page by page, filled with zeros: a tenth of a step's time on a CPU."""
+def tune_cpu() -> None:
+    """Make CPU steps faster; call it before torch starts its threads, which inherit the first setting.
+
+    Peaked attention yields denormal probabilities, which CPUs multiply about 100 times slower: flush them to zero.
+    glibc returns large freed blocks to the system, which hands them out again page by page, filled with zeros, a tenth
+    of a step's time: keep blocks of up to KEPT_BYTES for the next step.
+    """
+    torch.set_flush_denormal(True)
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        mmap_threshold, trim_threshold = -3, -1  # their names in malloc.h
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
         ctypes.CDLL(None).mallopt(mmap_threshold, KEPT_BYTES)
         ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
-
-
-keep_freed_memory()
 
 
 class ModelError(ValueError):
@@ -50,26 +54,25 @@ class ModelError(ValueError):
 
 @dataclass
 class LLM:
-    """A model with everything needed to talk to it.
+    """A model with its tokenizer and what sampling and scoring need to know about its tokens.
 
     Attributes:
-        model: the transformers model, `.model` its decoder (with the vision tower), weights in `dtype`.
+        model: the transformers model, weights in `dtype`; `.base_model` is its decoder, with the vision tower.
         processor: turns text and pictures into tensors; None for a text model.
         eos_token_ids: every id that ends a completion (union of tokenizer and generation config).
-        excluded_token_ids: ids never sampled and left out of the softmax: image and video placeholders, which would
-            break the next forward pass.
+        excluded_token_ids: ids that are never sampled and left out of the softmax: image and video placeholders, which
+            would break the next forward pass.
     """
 
-    model: torch.nn.Module
-    tokenizer: object
-    processor: object | None
+    model: Any
+    tokenizer: Any
+    processor: Any
     is_vision: bool
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     excluded_token_ids: tuple[int, ...]
     attn_implementation: str
     name: str
-    decoder: object | None = field(default=None, repr=False)  # rollout.py keeps its buffers here between calls
 
     @property
     def device(self) -> torch.device:
@@ -80,20 +83,20 @@ class LLM:
         return self.model.dtype
 
     @property
-    def text_config(self):
-        return self.model.config.get_text_config()
+    def max_context(self) -> int:
+        return self.model.config.get_text_config().max_position_embeddings
 
     @property
-    def max_context(self) -> int:
-        return self.text_config.max_position_embeddings
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def save(self, path) -> None:
-        """`save_pretrained` format: loads in transformers and vLLM as it is."""
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the folder in `save_pretrained` format, which transformers and vLLM load."""
         self.model.save_pretrained(path)
         (self.processor or self.tokenizer).save_pretrained(path)
 
-    def excluded_mask(self) -> torch.Tensor | None:
-        """(V,) True where a token may not be sampled; None when every token may."""
+    def excluded_mask(self) -> Tensor | None:
+        """(V,) True where a token may not be sampled; None if every token may be."""
         if not self.excluded_token_ids:
             return None
         mask = torch.zeros(self.model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=self.device)
@@ -129,19 +132,22 @@ def pick_attention(attn_implementation: str | None, device: torch.device, dtype:
     return "flash_attention_2" if installed and device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
 
 
-def load_llm(model_path, device=None, dtype=None, attn_implementation=None) -> LLM:
+def load_llm(
+    model_path: str | os.PathLike,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> LLM:
     """Load a text or vision-language model from the hub or a local folder: safetensors only, no remote code.
 
     Raises:
         ModelError: the model is not there, needs a token, needs remote code, or has a head this code cannot score.
     """
     refuse_qwen_vl_chat(str(model_path))
+    tune_cpu()
     quiet_transformers()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    attn_implementation = pick_attention(attn_implementation, device, dtype)
+    on, kind = pick_device(device), pick_dtype(dtype, pick_device(device))
+    attention = pick_attention(attn_implementation, on, kind)
     hub = {
         "token": os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN"),
         "trust_remote_code": False,
@@ -152,14 +158,14 @@ def load_llm(model_path, device=None, dtype=None, attn_implementation=None) -> L
         is_vision = getattr(config, "vision_config", None) is not None
         auto_class = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
         model = auto_class.from_pretrained(
-            model_path, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, **hub
-        ).to(device)
+            model_path, dtype=kind, attn_implementation=attention, use_safetensors=True, **hub
+        ).to(on)
         processor = AutoProcessor.from_pretrained(model_path, **hub) if is_vision else None
         tokenizer = processor.tokenizer if is_vision else AutoTokenizer.from_pretrained(model_path, **hub)
     refuse_unknown_head(model, str(model_path))
-    # The pad token often is an end of turn too, which stands in prompts: as "padding" it would not be trained.
+    # In many models the pad token also ends turns inside prompts: with a padding_idx its embedding is not trained.
     model.get_input_embeddings().padding_idx = None
-    model.eval()  # dropout would make the trainer disagree with the sampler; gradients do not need train mode
+    model.eval()  # with dropout, trainer and sampler would disagree; gradients do not need train mode
     eos_token_ids = union_of_eos(tokenizer, model)
     return LLM(
         model=model,
@@ -169,26 +175,22 @@ def load_llm(model_path, device=None, dtype=None, attn_implementation=None) -> L
         eos_token_ids=eos_token_ids,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_token_ids[0],
         excluded_token_ids=placeholder_ids(config),
-        attn_implementation=attn_implementation,
+        attn_implementation=attention,
         name=str(model_path),
     )
 
 
 def hub_answers(seconds: float = 5.0) -> bool:
-    """Asked once. Its library would try again for 23 seconds for each of a model's files, of which there may be copies
-    on this machine."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
+    """Is the hub reachable? One quick request; otherwise huggingface_hub retries each file for 23 s even if cached."""
     try:
         get_session().head(constants.ENDPOINT, timeout=seconds)
-    except Exception:  # whatever its HTTP library calls it
+    except Exception:  # the HTTP library has its own exception types
         return False
     return True
 
 
-def union_of_eos(tokenizer, model) -> tuple[int, ...]:
-    """Chat models name their end of turn in one place or the other, Qwen2.5 different ids in both."""
+def union_of_eos(tokenizer: Any, model: Any) -> tuple[int, ...]:
+    """Ids that end a completion: chat models name them in the tokenizer or the generation config, Qwen2.5 in both."""
     ids = [tokenizer.eos_token_id]
     if model.generation_config is not None:
         named = model.generation_config.eos_token_id
@@ -199,8 +201,8 @@ def union_of_eos(tokenizer, model) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def placeholder_ids(config) -> tuple[int, ...]:
-    """Ids that stand for a picture's features inside the prompt."""
+def placeholder_ids(config: Any) -> tuple[int, ...]:
+    """Ids that a prompt holds in place of the features of its pictures."""
     ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
     return tuple(sorted({i for i in ids if i is not None}))
 
@@ -213,8 +215,8 @@ def refuse_qwen_vl_chat(model_path: str) -> None:
         )
 
 
-def refuse_unknown_head(model, name: str) -> None:
-    """`token_logps` multiplies hidden states by the output embedding; a head that does more would be scored wrongly."""
+def refuse_unknown_head(model: Any, name: str) -> None:
+    """`token_logps` multiplies hidden states by the output embedding; it would score a head that does more wrongly."""
     config = model.config.get_text_config()
     for extra in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, extra, None) not in (None, 1, 1.0):
@@ -223,8 +225,8 @@ def refuse_unknown_head(model, name: str) -> None:
         raise ModelError(f"{name} has no plain output embedding, which the log-probabilities are computed from")
 
 
-class readable_errors:  # a context manager, so lower case like the standard library's
-    """Turns the many ways in which a hub or a folder says no into one line."""
+class readable_errors:  # lower case, like the context managers of the standard library
+    """Turns the errors of a hub or a model folder into a ModelError of one line."""
 
     def __init__(self, name: str):
         self.name = name
@@ -258,14 +260,11 @@ class readable_errors:  # a context manager, so lower case like the standard lib
 
 
 def quiet_transformers() -> None:
-    """Keeps progress bars and retries of loading out of the log; warnings that matter still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # pictures are prepared in a thread beside it
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
+    """Keep progress bars and retries out of the log; a ModelError says once what went wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread prepares pictures beside it
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # one line per attempt to reach a hub that is not there; the error says it once
+    hub_logging.set_verbosity_error()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,19 +278,24 @@ class Prompts:
     Attributes:
         ids, mask: (Q, P), left-padded; the mask is True on real tokens.
         positions: (Q, P), or (3, Q, P) for models with 3-D rotary positions (time, height, width of a picture).
-        vision: per prompt what the vision tower takes (`pixel_values` (patches, …), `image_grid_thw` (pictures, 3));
-            empty dicts for text.
+        vision: for each prompt the inputs of the vision tower (`pixel_values` (patches, …), `image_grid_thw`
+            (pictures, 3)); empty dicts for text.
     """
 
-    ids: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
-    vision: list[dict[str, torch.Tensor]]
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    vision: list[dict[str, Tensor]]
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device) -> Prompts:
+    @property
+    def lengths(self) -> list[int]:
+        """Q numbers of tokens, pictures included."""
+        return self.mask.sum(1).tolist()
+
+    def to(self, device: torch.device) -> Prompts:
         vision = [{name: tensor.to(device, non_blocking=True) for name, tensor in one.items()} for one in self.vision]
         return Prompts(self.ids.to(device), self.mask.to(device), self.positions.to(device), vision)
 
@@ -306,26 +310,44 @@ class Prompts:
             [self.vision[i] for i in index],
         )
 
-    def next_positions(self) -> torch.Tensor:
+    @staticmethod
+    def cat(parts: Sequence[Prompts]) -> Prompts:
+        """All prompts of several batches, left-padded to the longest."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.ids.shape[1] for part in parts)
+
+        def padded(tensor: Tensor) -> Tensor:  # (…, P) -> (…, longest P)
+            return F.pad(tensor, (width - tensor.shape[-1], 0))
+
+        return Prompts(
+            torch.cat([padded(part.ids) for part in parts]),
+            torch.cat([padded(part.mask) for part in parts]),
+            torch.cat([padded(part.positions) for part in parts], -2),
+            [one for part in parts for one in part.vision],
+        )
+
+    def next_positions(self) -> Tensor:
         """(Q,) the position of the first completion token: one past the largest of the prompt."""
         positions = self.positions if self.positions.dim() == 2 else self.positions.amax(0)  # (Q, P)
         return positions.masked_fill(~self.mask, 0).amax(1) + 1
 
 
-def chat_text(llm: LLM, example) -> str:
-    """The prompt as the model's own chat template writes it, up to where the assistant begins."""
+def chat_text(llm: LLM, example: Example) -> str:
+    """The prompt in the model's chat template, up to where the assistant's turn begins."""
     writer = llm.processor if llm.is_vision and llm.processor.chat_template else llm.tokenizer
-    if not writer.chat_template:  # a base model: plain text, and the answer simply goes on
+    if not writer.chat_template:  # a base model: plain text, which the answer continues
         return "\n\n".join(plain_text(message["content"]) for message in example.messages) + "\n\n"
     return writer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True)
 
 
-def plain_text(content) -> str:
+def plain_text(content: str | list[dict]) -> str:
+    """The text of a message, without its pictures."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def encode_prompts(llm: LLM, examples) -> Prompts:
-    """Tokenize Q examples, with their pictures, left-padded; on the CPU, so that a thread can do it ahead of time.
+def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
+    """Tokenize Q examples, with their pictures, left-padded, on the CPU, so that a thread can prefetch them.
 
     Raises:
         ModelError: a picture in a prompt of a text model.
@@ -334,14 +356,13 @@ def encode_prompts(llm: LLM, examples) -> Prompts:
     pictures = [picture for example in examples for picture in example.images]
     if pictures and not llm.is_vision:
         raise ModelError(f"the task shows pictures and {llm.name} reads text only: choose a vision-language model")
-    # All in one call, which costs half of one for each. add_special_tokens: the chat template has written them already;
-    # twice would change the prompt.
+    # One call for all costs half of a call for each. add_special_tokens=False: the chat template has written them.
     if pictures:
         output = llm.processor(text=texts, images=pictures, add_special_tokens=False)
         per_prompt = [len(example.images) for example in examples]
-        grids = torch.as_tensor(output["image_grid_thw"]).split(per_prompt)  # of each prompt (pictures, 3)
+        grids = torch.as_tensor(output["image_grid_thw"]).split(per_prompt)  # Q × (pictures, 3)
         sizes = [int(grid.prod(1).sum()) for grid in grids]
-        patches = torch.as_tensor(output["pixel_values"]).split(sizes)  # of each prompt (patches, …)
+        patches = torch.as_tensor(output["pixel_values"]).split(sizes)  # Q × (patches, …)
         vision = [
             {"pixel_values": pixels, "image_grid_thw": grid} if len(grid) else {}
             for pixels, grid in zip(patches, grids, strict=True)
@@ -358,203 +379,38 @@ def encode_prompts(llm: LLM, examples) -> Prompts:
     return Prompts(ids, mask, prompt_positions(llm, ids, mask, vision), vision)
 
 
-def prompt_positions(llm: LLM, ids, mask, vision) -> torch.Tensor:
-    """(Q, P) counted from the first real token, or the model's own (3, Q, P) when it places pictures in 3-D."""
+def prompt_positions(llm: LLM, ids: Tensor, mask: Tensor, vision: list[dict[str, Tensor]]) -> Tensor:
+    """(Q, P) counted from the first real token, or (3, Q, P) from the model itself if it places pictures in 3-D."""
     inner = llm.model.base_model
     if not hasattr(inner, "get_rope_index"):
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
     grids = [one["image_grid_thw"] for one in vision if one]
     positions, _ = inner.get_rope_index(
         ids,
-        mm_token_type_ids=(ids == llm.model.config.image_token_id).int(),  # 1 where a picture stands
+        mm_token_type_ids=(ids == llm.model.config.image_token_id).int(),  # 1 on a picture's tokens
         image_grid_thw=torch.cat(grids) if grids else None,
         attention_mask=mask.long(),
     )
     return positions
 
 
-def forward_prompts(model, prompts: Prompts, use_cache: bool = True):
-    """One pass over the prompts, pictures included -> (hidden states (Q, P, H), key-value cache or None)."""
-    from transformers import DynamicCache
+def refuse_unfit_model(config: Config, llm: LLM, test_set: Dataset) -> None:
+    """Refuse a task that the model cannot do.
 
-    vision = [one for one in prompts.vision if one]
-    if use_cache and not vision and computes_lean(model):
-        length = prompts.ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=prompts.ids.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=prompts.ids.device)  # padding sees something, or it is NaN
-        visible = prompts.mask[:, None] & causal | itself  # (Q, P, P)
-        return lean.forward(model, prompts.ids, prompts.positions, hidden_where(visible, model))
-    pictures = {name: torch.cat([one[name] for one in vision]) for name in vision[0]} if vision else {}
-    output = model.base_model(
-        input_ids=prompts.ids,
-        attention_mask=prompts.mask.long(),
-        position_ids=prompts.positions,
-        past_key_values=DynamicCache(config=model.config.get_text_config()) if use_cache else None,
-        use_cache=use_cache,
-        **pictures,
-    )
-    return output.last_hidden_state, output.past_key_values
-
-
-def computes_lean(model) -> bool:
-    """Whether the loss takes lean.py's forward pass: on a CPU, where it is faster. A GPU gains less, and
-    transformers brings the attention kernels that were asked for."""
-    return model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and lean.is_lean(model)
-
-
-def keys_and_values(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each layer (Q, key heads, P, D), from lean.py's list or from transformers' cache."""
-    return cache if isinstance(cache, list) else [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def hidden_where(visible: torch.Tensor, model) -> torch.Tensor:
-    """(B, T, S) bool -> (B, 1, T, S) what attention adds to its scores."""
-    return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities
-
-
-def token_logps(llm: LLM, rollout, temperature: float = 1.0, rows=None, model=None, share_prompt: bool = True):
-    """(B, T) float32 log-probabilities of the completion tokens under softmax(logits / temperature); 0 off the mask.
-
-    Differentiable with respect to the model's weights. `rows` picks some of the rollout's rows; `model` another set of
-    weights (the frozen reference). See `token_logps_and_entropy`.
+    Raises:
+        ModelError: a task with pictures for a text model; prompts and completions longer than the model's context; a
+            test set without a prompt of at most --max_prompt_length tokens.
     """
-    return token_logps_and_entropy(llm, rollout, temperature, rows, model, share_prompt)[0]
-
-
-def token_logps_and_entropy(llm: LLM, rollout, temperature=1.0, rows=None, model=None, share_prompt=True):
-    """Log-probabilities and the policy's entropy, both (B, T) float32, 0 off the completion mask.
-
-    The prompts, pictures included, are computed once each and their keys and values shared by all of their rows, with
-    gradients flowing back through them. With `share_prompt=False` every row carries its own copy of the prompt: the
-    plain way, slower and equal, used under gradient checkpointing (which recomputes layers and cannot keep a cache).
-    Entropy carries no gradient; it is for the log.
-    """
-    model = llm.model if model is None else model
-    rows = list(range(len(rollout.completion_ids))) if rows is None else list(rows)
-    mask = rollout.completion_mask[rows]  # (B, T)
-    length = int(mask.sum(1).max()) if len(rows) else 0
-    full_length, mask = mask.shape[1], mask[:, :length]
-    ids = rollout.completion_ids[rows][:, :length]  # (B, T)
-    hidden_of = hidden_states if share_prompt else hidden_states_unshared
-    hidden = hidden_of(model, rollout.prompts, [rollout.prompt_of_row[i] for i in rows], ids, mask)  # (B, T, H)
-    weight = model.get_output_embeddings().weight  # (V, H)
-    logps, entropy = ChunkedLogps.apply(hidden[mask], weight, ids[mask], temperature, llm.excluded_mask())  # (N,), (N,)
-    padded = F.pad(mask, (0, full_length - length))  # (B, T)
-    scatter = torch.zeros(padded.shape, device=padded.device, dtype=torch.float32).to(logps.dtype)
-    return scatter.masked_scatter(padded, logps), scatter.masked_scatter(padded, entropy)
-
-
-def hidden_states(model, prompts: Prompts, prompt_of_row: list[int], ids, mask) -> torch.Tensor:
-    """(B, T, H): at t the state that predicts completion token t. One pass over the prompts, one over completions."""
-    used = sorted(set(prompt_of_row))
-    prompts = prompts.select(used)
-    index = torch.tensor([used.index(prompt) for prompt in prompt_of_row], device=ids.device)  # (B,)
-    prompt_hidden, cache = forward_prompts(model, prompts)  # (Q, P, H); left-padded, so column -1 is the last token
-    first = prompt_hidden[:, -1].index_select(0, index).unsqueeze(1)  # (B, 1, H) predicts token 0
-    if ids.shape[1] == 1:
-        return first
-    rest = forward_completions(model, prompts, cache, index, ids[:, :-1], mask[:, :-1])  # (B, T - 1, H)
-    return torch.cat([first, rest], 1)
-
-
-def forward_completions(model, prompts: Prompts, cache, index, ids, mask) -> torch.Tensor:
-    """(B, T, H) hidden states of completion tokens. Row i sees the keys and values of prompt index[i]; gradients add up
-    over the rows of a group."""
-    positions = completion_positions(prompts, index, ids.shape[1])
-    if computes_lean(model):
-        past = [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in keys_and_values(cache)]
-        visible = prompts.mask[index, None].expand(-1, ids.shape[1], -1)  # (B, T, P)
-        earlier = torch.ones_like(ids[0], dtype=torch.bool).expand(len(ids), ids.shape[1], -1).tril()  # (B, T, T)
-        return lean.forward(model, ids, positions, hidden_where(torch.cat([visible, earlier], 2), model), past)[0]
-    cache.batch_select_indices(index)
-    return model.base_model(
-        input_ids=ids,
-        attention_mask=torch.cat([prompts.mask[index], mask], 1).long(),  # (B, P + T)
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-
-
-def completion_positions(prompts: Prompts, index: torch.Tensor, length: int) -> torch.Tensor:
-    """(B, length), or (3, B, length), positions that go on where each row's prompt ended."""
-    positions = prompts.next_positions()[index, None] + torch.arange(length, device=index.device)
-    return positions if prompts.positions.dim() == 2 else positions.expand(3, -1, -1)
-
-
-def hidden_states_unshared(model, prompts: Prompts, prompt_of_row: list[int], ids, mask) -> torch.Tensor:
-    """The same states the plain way: one pass over (B, P + T), each row with its own copy of the prompt."""
-    prompts = prompts.select(prompt_of_row)
-    index = torch.arange(len(prompt_of_row), device=ids.device)
-    length = prompts.ids.shape[1]
-    joined = Prompts(
-        torch.cat([prompts.ids, ids], 1),
-        torch.cat([prompts.mask, mask], 1),
-        torch.cat([prompts.positions, completion_positions(prompts, index, ids.shape[1])], -1),
-        prompts.vision,
-    )
-    hidden, _ = forward_prompts(model, joined, use_cache=False)  # (B, P + T, H)
-    return hidden[:, length - 1 : -1]
-
-
-class ChunkedLogps(torch.autograd.Function):
-    """log softmax(h Wᵀ / temperature)[target] and its entropy for N tokens, a chunk of tokens at a time.
-
-    The backward pass computes each chunk's logits again instead of keeping them, so memory holds (chunk, V) and never
-    (N, V). With p = softmax: d logp / d logits = (onehot(target) − p) / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, excluded):
-        logps, entropy = hidden.new_empty(2, len(hidden), dtype=lean.wide(hidden.dtype))  # (N,), (N,)
-        for part in chunks(hidden, weight):
-            full = tempered_logits(hidden[part], weight, temperature, excluded).log_softmax(-1)  # (n, V)
-            logps[part] = full.gather(1, targets[part, None])[:, 0]
-            p = full.exp()
-            if excluded is not None:
-                full.masked_fill_(excluded, 0.0)  # there p · log p is 0 · −inf, and counts as 0
-            entropy[part] = -torch.linalg.vecdot(p, full)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.excluded = temperature, excluded
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logps, _grad_entropy):
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # summed over chunks in float32 at least: many small contributions would be rounded away in bfloat16
-        grad_weight = torch.zeros_like(weight, dtype=lean.wide(weight.dtype)) if ctx.needs_input_grad[1] else None
-        for part in chunks(hidden, weight):
-            p = tempered_logits(hidden[part], weight, ctx.temperature, ctx.excluded).softmax(-1)  # (n, V)
-            p.scatter_add_(1, targets[part, None], -torch.ones_like(p[:, :1]))  # p − onehot, before anything is rounded
-            p = p.to(hidden.dtype)
-            scale = -grad_logps[part, None] / ctx.temperature  # (n, 1)
-            if grad_hidden is not None:
-                grad_hidden[part] = (p @ weight) * scale
-            if grad_weight is not None:
-                scaled = (hidden[part] * scale).to(hidden.dtype)  # (n, H)
-                if p.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(p.T, scaled)  # without another tensor of the weight's size
-                else:
-                    grad_weight += p.T @ scaled
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
-
-
-def tempered_logits(hidden, weight, temperature: float, excluded) -> torch.Tensor:
-    """(n, V) logits / temperature in float32 (float64 stays), −inf on excluded tokens."""
-    logits = (hidden @ weight.T).to(lean.wide(hidden.dtype))
-    if temperature != 1:
-        logits.div_(temperature)
-    return logits if excluded is None else logits.masked_fill_(excluded, -torch.inf)
-
-
-def chunks(hidden, weight) -> list[slice]:
-    """On a CPU so small that the next chunk uses the same memory again, which stays in the cache if V is small."""
-    at_once = min(LOGIT_CHUNK_BYTES, KEPT_BYTES if hidden.device.type == "cpu" else LOGIT_CHUNK_BYTES)
-    size = min(512, max(1, at_once // (4 * weight.shape[0])))
-    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+    if test_set.modality == "vision" and not llm.is_vision:
+        raise ModelError(
+            f"the task {test_set.name!r} shows pictures and {llm.name} reads text only: choose a vision-language model "
+            "such as Qwen/Qwen2.5-VL-3B-Instruct, or --model_path tiny"
+        )
+    if config.max_prompt_length + config.max_completion_length > llm.max_context:
+        raise ModelError(
+            f"{llm.name} can read {llm.max_context} tokens, fewer than --max_prompt_length {config.max_prompt_length} "
+            f"+ --max_completion_length {config.max_completion_length}: lower one of them"
+        )
+    lengths = (encode_prompts(llm, [test_set[i]]).lengths[0] for i in range(len(test_set)))
+    if all(length > config.max_prompt_length for length in lengths):
+        raise ModelError(f"all test prompts are longer than --max_prompt_length {config.max_prompt_length}: raise it")

@@ -1,9 +1,133 @@
-"""What a person sees while a run works: numbers with their units, durations, and the nearest name to a mistyped one."""
+"""What does a person see while a run works? A progress line, explanations, a summary; and how values are written."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
+import sys
+import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from config import Config
+    from evaluator import Headline
+
+SECONDS_BETWEEN_LINES = 10.0
+PYTHON = "uv run" if "UV_RUN_RECURSION_DEPTH" in os.environ else "python"  # how this process was started
+
+
+class Progress:
+    """A bar on a terminal; elsewhere, such as in a log file, a plain line every few seconds."""
+
+    def __init__(self, config: Config, headline: Headline, step: int):
+        self.config, self.headline = config, headline
+        self.seconds: list[float] = []  # of each step
+        self.printed = -SECONDS_BETWEEN_LINES  # when the last plain line was
+        self.explained: set[str] = set()
+        self.bar = tqdm(total=config.max_steps, initial=step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show a training record."""
+        self.seconds.append(record["seconds/total"])
+        value = format_value(record[self.headline.metric], self.headline.unit)
+        text = f"reward {record['reward']:.3f} · {self.headline.label} {value} · kl {record['kl']:.4f}"
+        self.bar.set_postfix_str(text)
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and now - self.printed >= SECONDS_BETWEEN_LINES:
+            self.printed = now
+            steps = self.config.max_steps or 0
+            median = sorted(self.seconds[-50:])[len(self.seconds[-50:]) // 2]
+            left = format_duration(median * (steps - record["step"]))
+            self.say(f"step {record['step']:>4}/{steps} · {text} · {median:.2f} s a step · {left} left")
+        for subject, explanation in explanations(record, self.config).items():
+            if subject not in self.explained:
+                self.explained.add(subject)
+                self.say(f"note, step {record['step']}: {explanation}")
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Show the metrics of an evaluation."""
+        interval = ""
+        if "accuracy_low" in metrics:
+            interval = f" (95 % interval {100 * metrics['accuracy_low']:.1f} to {100 * metrics['accuracy_high']:.1f})"
+        value = format_value(metrics[self.headline.metric], self.headline.unit)
+        self.say(
+            f"evaluation at step {step}: {self.headline.label} {value}{interval} · reward {metrics['avg_reward']:.3f} · "
+            f"{metrics['num_examples']} examples in {metrics['seconds']:.0f} s"
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def explanations(record: dict[str, Any], config: Config) -> dict[str, str]:
+    """Explanations, by subject, of log values that look wrong but are not, and of those that are."""
+    found = {}
+    if abs(record["loss"]) < 1e-6 and record["zero_std_fraction"] < 1:
+        found["loss"] = (
+            "a loss of 0 is right here: before the first update every ratio is 1, and the advantages of a group add up "
+            "to 0; the gradient is not 0 (see grad_norm), and the reward is what to watch"
+        )
+    if record["zero_std_fraction"] == 1:
+        found["equal rewards"] = (
+            "the rewards were equal in every group, so this step had no gradient from them; if this continues, the "
+            "task is too easy or too hard for the model, or the temperature is too low"
+        )
+    if record["truncated_fraction"] == 1:
+        found["truncated"] = (
+            f"every completion was cut off at {config.max_completion_length} tokens; if this continues, raise "
+            "--max_completion_length"
+        )
+    if record.get("rewards/strict_format") == 0:
+        found["format"] = (
+            "no completion had the asked format; the format reward gives no signal until some completion uses it"
+        )
+    if record["skipped_steps"]:
+        found["skipped"] = "the loss or its gradient was not finite, so the update was skipped"
+    return found
+
+
+def setup_lines(config: Config, llm: Any, num_train: int, num_test: int) -> str:
+    """What is about to be trained, and how."""
+    objective = config.objective
+    size = f"{llm.num_parameters / 1e9:.2f} B" if llm.num_parameters > 1e9 else f"{llm.num_parameters / 1e6:.2f} M"
+    high = objective.epsilon if objective.epsilon_high is None else objective.epsilon_high
+    return (
+        f"{config.model_path}: {size} parameters, {'vision and text' if llm.is_vision else 'text'}, "
+        f"{str(llm.dtype).removeprefix('torch.')} on {llm.device}, attention: {llm.attn_implementation}\n"
+        f"{config.dataset_name}: {num_train:,} training and {num_test:,} test examples; "
+        f"{config.prompts_per_step} prompts × {config.num_generations} completions per step, {config.max_steps} steps\n"
+        f"objective {objective.name}: advantages scaled by {objective.scale_rewards}, one ratio per "
+        f"{objective.importance_sampling_level}, clip {objective.clip} −{objective.epsilon:g} +{high:g}, "
+        f"β {objective.beta:g}{' ' + objective.kl_estimator if objective.beta else ''}, loss divided by "
+        f"{objective.normalizer}\nrun folder: {config.output_dir}"
+    )
+
+
+def summary_lines(
+    config: Config, headline: Headline, evals: dict[int, dict], seconds: list[float], checkpoint: Any
+) -> str:
+    """What changed, where it is, how to look at it. `seconds` are those of the steps of this process."""
+    before, after = (format_value(evals[step][headline.metric], headline.unit) for step in (min(evals), max(evals)))
+    chance = "" if headline.chance is None else f" (chance: {format_value(headline.chance, headline.unit)})"
+    return (
+        f"{config.dataset_name}: {headline.label} {before} → {after}{chance} after {max(evals)} steps; the last "
+        f"{len(seconds)} took {format_duration(sum(seconds))} without evaluations\n"
+        f"the run is in {config.output_dir}, its weights in {checkpoint}\n"
+        f"draw it:  {PYTHON} plotter.py --output_dir {shlex.quote(str(config.output_dir))}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How values, names and commands are written
 
 
 def format_value(value: float | None, unit: str = "") -> str:

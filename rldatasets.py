@@ -1,14 +1,14 @@
-"""The tasks: what a model is asked, with which pictures, and the answer that is right.
+"""What is asked? The tasks: questions, pictures and right answers; and the loader that orders the training examples.
 
-Nothing is stored: an example is made when it is asked for, and `dataset[i]` depends on the task, the split, the seed
-and i alone. So every process, in any order, sees the same question and the same picture. Train and test are disjoint by
-construction: a clock's time or a problem's calculation belongs to one split for good, and the scatter plots of the two
-splits are drawn from different random streams.
+`dataset[i]` is made on request and depends on the task, the split, the seed and i alone, so every process sees the same
+question and the same picture, in any order. Train and test are disjoint by construction: a clock's time or a problem's
+calculation always belongs to the same split, and the scatter plots of the two splits come from different random
+streams.
 
-Adding a task is one class here, registered in `DATASETS`, and one evaluator in `evaluator.py` under the same name.
+A new task is one class here, registered in `DATASETS`, and one evaluator class, registered in `evaluator.py` under the
+same name. Its tiny model, if it is to have one, is an entry in `tiny_models.py`.
 """
 
-import difflib
 import functools
 import hashlib
 import inspect
@@ -17,8 +17,10 @@ import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -26,10 +28,14 @@ from PIL import Image
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
 from correlation_generator import CorrelationGenerator
+from progress import did_you_mean
+
+if TYPE_CHECKING:
+    from llms import Prompts
 
 SPLITS = ("train", "test")
-DEFAULT_SIZES = {"train": 4000, "test": 512}  # of the tasks that make their own examples
-EVAL_SEED = 0  # whatever seed a run has, it is tested on the same examples, so that runs can be compared
+DEFAULT_SIZES = {"train": 4000, "test": 512}  # of the tasks that make their examples
+EVAL_SEED = 0  # every run is tested on the same examples, so that runs can be compared
 SYSTEM_PROMPT = """\
 Think first, then answer. Reply in exactly this format:
 <reasoning>
@@ -47,7 +53,7 @@ class Example:
     id: str  # unique, usable as a file name: "clock-train-0-17"
     messages: list[dict]  # chat format: a system message and a user message
     images: list[Image.Image]
-    answer: str  # the right answer in the form the evaluator reads: "08:15:30", "-0.42", "72"
+    answer: str  # in the form that the task's evaluator reads: "08:15:30", "-0.42", "72"
 
 
 class Dataset(ABC):
@@ -55,8 +61,8 @@ class Dataset(ABC):
 
     Args:
         split: "train" or "test".
-        num_examples: how many examples there are; the task's default where None.
-        seed: another seed, other examples.
+        num_examples: number of examples; None: the task's default.
+        seed: a different seed gives different examples.
         path: a local folder or file, for a task that reads its data.
     """
 
@@ -98,16 +104,16 @@ class Dataset(ABC):
         """Question, pictures and right answer of an example."""
 
     def solution(self, index: int) -> str:
-        """The reasoning that leads to the answer, for a supervised warm-up; empty where there is nothing to tell."""
+        """The reasoning that leads to the answer, for a supervised warm-up; empty if the task has none."""
         return ""
 
     def rng(self, index: int) -> np.random.Generator:
-        """The source of everything random about one example."""
+        """The source of all randomness of one example."""
         return np.random.default_rng([zlib.crc32(self.name.encode()), SPLITS.index(self.split), self.seed, index])
 
 
 def split_of(key: str) -> str:
-    """The split that a thing belongs to in every run and on every machine: by its hash, one in ten is for testing."""
+    """The split of an item, the same in every run and on every machine: by its hash, one item in ten is for testing."""
     return "test" if int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % 10 == 0 else "train"
 
 
@@ -196,8 +202,8 @@ class GSM8KDataset(WordProblems):
     """Grade-school word problems (Cobbe et al., 2021) in their official splits: `openai/gsm8k`, or a local copy.
 
     `path` is a folder with train.jsonl and test.jsonl, a folder of parquet files as on the hub, or a single JSONL file,
-    whose last tenth is then the test split and the rest the training split. The data are fixed, so the seed changes
-    nothing, and `num_examples` takes the first ones.
+    whose last tenth becomes the test split and the rest the training split. The seed changes nothing, and
+    `num_examples` takes the first rows.
     """
 
     name = "gsm8k"
@@ -215,8 +221,8 @@ class GSM8KDataset(WordProblems):
 
 
 def load_hub_rows(split: str) -> list[dict]:
-    """The rows of a split of `openai/gsm8k`, from the hub or a copy that it left on this machine."""
-    import datasets  # takes seconds to import, and only this needs it
+    """The rows of a split of `openai/gsm8k`, from the hub or its cache on this machine."""
+    import datasets  # takes seconds to import, and only this function needs it
 
     try:
         table = datasets.load_dataset("openai/gsm8k", "main", split=split)
@@ -230,8 +236,8 @@ def load_local_rows(path: Path, split: str) -> list[dict]:
     """The rows of a split in a local folder or JSONL file.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for an empty file or a malformed line, naming the line.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty or a line is malformed; the message names the line.
     """
     if path.is_file():
         rows = read_jsonl(path)
@@ -276,7 +282,7 @@ def read_parquet(path: Path) -> list[dict]:
 
 
 def checked_rows(rows: Iterable, place: str) -> list[dict]:
-    """The rows, each in GSM8K's form; `place` and the row's number, from 1, tell where one is not."""
+    """The rows, if each has GSM8K's form; else a ValueError that names `place` and the number of the row, from 1."""
     checked = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
@@ -290,10 +296,9 @@ def checked_rows(rows: Iterable, place: str) -> list[dict]:
 
 
 class ArithmeticDataset(WordProblems):
-    """Word problems made here, so that a tiny text model has something to learn offline.
+    """Generated word problems, so that a tiny text model can learn offline.
 
-    Options: `steps`, `max_number`; see `ArithmeticGenerator`. A calculation belongs to one split, whoever and whatever
-    it is told about.
+    Options: `steps`, `max_number`; see `ArithmeticGenerator`. A calculation belongs to one split, in every story.
     """
 
     name = "arithmetic"
@@ -311,7 +316,7 @@ class ArithmeticDataset(WordProblems):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Finding a task, and the order of training
+# Finding a task
 # ---------------------------------------------------------------------------------------------------------------------
 DATASETS: dict[str, type[Dataset]] = {
     dataset.name: dataset for dataset in (GSM8KDataset, ClockDataset, CorrelationDataset, ArithmeticDataset)
@@ -331,40 +336,35 @@ def get_dataset(
     seed: int = 0,
     path: str | None = None,
     options: dict | None = None,
-    **more_options,
+    **more_options: Any,
 ) -> Dataset:
     """A split of a task.
 
     Args:
         name: a key of `DATASETS`.
         split: "train" or "test".
-        size: how many examples; the task's default where None.
-        seed: another seed, other examples.
-        path: local data, for a task that reads some.
-        options: the task's own options: a dict, since one may be called `size` too. Values may be texts, as they come
-            from a command line. Further keywords are options as well.
+        size: number of examples; None: the task's default.
+        seed: a different seed gives different examples.
+        path: local data, for a task that reads files.
+        options: the task's options, as a dict because one may be called `size`; values may be texts, as they come from
+            a command line. Further keywords are options too.
 
     Raises:
-        ValueError: for an unknown task, split or option, naming the nearest; for a bad value; for malformed data.
-        OSError: for data that are not there or cannot be reached.
+        ValueError: an unknown task, split or option (the message names the nearest), a bad value, or malformed data.
+        OSError: data that are missing or cannot be reached.
     """
     if name not in DATASETS:
-        raise ValueError(f"there is no task {name!r}; {_suggestion(name, DATASETS)}")
+        raise ValueError(f"there is no task {name!r}; {did_you_mean(name, DATASETS)}")
     known = dataset_options(name)
     values = {**(options or {}), **more_options}
     for option in values:
         if option not in known:
-            raise ValueError(f"the task {name!r} has no option {option!r}; {_suggestion(option, known)}")
-    return DATASETS[name](split, size, seed, path, **{option: _parsed(value) for option, value in values.items()})
+            raise ValueError(f"the task {name!r} has no option {option!r}; {did_you_mean(option, known)}")
+    return DATASETS[name](split, size, seed, path, **{option: parse_option(value) for option, value in values.items()})
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known) or 'none'}"
-
-
-def _parsed(value: object) -> object:
-    """What a text stands for: a whole number, a number, true or false; else the text itself."""
+def parse_option(value: Any) -> Any:
+    """The value of a text: a whole number, a number, true or false; else the text itself."""
     if not isinstance(value, str):
         return value
     for kind in (int, float):
@@ -375,11 +375,24 @@ def _parsed(value: object) -> object:
     return {"true": True, "false": False}.get(value.lower(), value)
 
 
-class TrainLoader:
-    """An endless iterator over lists of exactly `prompts_per_step` examples, shuffled anew for every epoch.
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of training
 
-    The order within an epoch depends on (seed, epoch) alone; a step may take examples from two epochs. Examples that
-    `keep` refuses are left out and counted in `skipped`, once each time they come up.
+
+class TrainLoader:
+    """An endless iterator over batches of exactly `prompts_per_step` examples, shuffled again in every epoch.
+
+    The order within an epoch depends on (seed, epoch) alone; a batch may take examples from two epochs. With `encode`
+    the next batch is drawn and encoded in a thread while the loop works on this one, and an example whose prompt is
+    longer than `max_prompt_length` is skipped: each prompt is encoded once.
+
+    Args:
+        encode: examples -> encoded prompts. None: the loader gives examples without prompts.
+        max_prompt_length: in tokens, pictures included; None: no limit.
+
+    Attributes:
+        epoch: passes over the dataset so far. skipped: prompts skipped so far, counted once in each epoch. Both
+            describe the batch handed out last, not the one that is being prepared.
     """
 
     def __init__(
@@ -387,7 +400,8 @@ class TrainLoader:
         dataset: Dataset,
         prompts_per_step: int,
         seed: int = 0,
-        keep: Callable[[Example], bool] | None = None,
+        encode: "Callable[[list[Example]], Prompts] | None" = None,
+        max_prompt_length: int | None = None,
     ):
         if prompts_per_step < 1:
             raise ValueError(f"a step needs at least 1 prompt, not {prompts_per_step}")
@@ -396,58 +410,97 @@ class TrainLoader:
         self.dataset = dataset
         self.prompts_per_step = prompts_per_step
         self.steps_per_epoch = len(dataset) // prompts_per_step
-        self.skipped = 0  # examples left out so far
-        self._seed = seed
-        self._keep = keep
+        self._seed, self._encode, self._max_prompt_length = seed, encode, max_prompt_length
+        self._skipped = 0
         self._start_epoch(0)
+        self._state = self._current_state()  # after the batch handed out last
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if encode else None
+        self._upcoming: Future | None = None
 
     def __iter__(self) -> "TrainLoader":
         return self
 
-    def __next__(self) -> list[Example]:
-        return [self._next_example() for _ in range(self.prompts_per_step)]
+    def __next__(self) -> "tuple[list[Example], Prompts | None]":
+        """Q examples and their encoded prompts (None without `encode`)."""
+        if self._pool is None:
+            batch, self._state = self._prepare()
+            return batch
+        upcoming = self._upcoming or self._pool.submit(self._prepare)
+        batch, self._state = upcoming.result()
+        self._upcoming = self._pool.submit(self._prepare)
+        return batch
 
     @property
     def epoch(self) -> float:
-        """How many times the dataset has been gone through."""
-        return self._epoch + self._position / len(self.dataset)
+        return self._state["epoch"] + self._state["position"] / len(self.dataset)
+
+    @property
+    def skipped(self) -> int:
+        return self._state["skipped"]
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands, in plain integers."""
-        state = {"epoch": self._epoch, "position": self._position, "kept": self._kept, "skipped": self.skipped}
-        return {**state, "size": len(self.dataset)}
+        """The position after the batch handed out last, in plain integers."""
+        return dict(self._state)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from where `state` was taken.
+        """Continue from `state`.
 
         Raises:
-            ValueError: if that was in a dataset of another size.
+            ValueError: `state` belongs to a dataset of another size.
         """
         if state["size"] != len(self.dataset):
             raise ValueError(f"the saved run had {state['size']} training examples, this one has {len(self.dataset)}")
+        if self._upcoming is not None:
+            self._upcoming.result()  # the thread must not move the position any more
+            self._upcoming = None
         self._start_epoch(state["epoch"])
-        self._position, self._kept, self.skipped = state["position"], state["kept"], state["skipped"]
+        self._position, self._kept, self._skipped = state["position"], state["kept"], state["skipped"]
+        self._state = self._current_state()
+
+    def close(self) -> None:
+        """Stop prefetching."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _prepare(self) -> "tuple[tuple[list[Example], Prompts | None], dict[str, int]]":
+        """The next batch, and the loader's state after it."""
+        examples: list[Example] = []
+        parts = []
+        while len(examples) < self.prompts_per_step:
+            drawn = self._draw(self.prompts_per_step - len(examples))
+            if self._encode is not None:
+                prompts = self._encode(drawn)
+                longest = self._max_prompt_length or max(prompts.lengths)
+                fitting = [i for i, length in enumerate(prompts.lengths) if length <= longest]
+                self._skipped += len(drawn) - len(fitting)
+                if not fitting:
+                    continue
+                drawn, prompts = [drawn[i] for i in fitting], prompts.select(fitting)
+                parts.append(prompts)
+            self._kept += len(drawn)
+            examples += drawn
+        encoded = parts[0].cat(parts) if parts else None
+        return (examples, encoded), self._current_state()
+
+    def _draw(self, count: int) -> list[Example]:
+        """At most `count` examples: those left of this epoch, or the first of the next one if none is left."""
+        if self._position == len(self.dataset):
+            if self._kept == 0:
+                raise ValueError(f"all {len(self.dataset)} training prompts are longer than --max_prompt_length")
+            self._start_epoch(self._epoch + 1)
+        indices = self._order[self._position : self._position + count]
+        self._position += len(indices)
+        return [self.dataset[int(index)] for index in indices]
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch  # epochs completed
-        self._position = 0  # examples of this epoch gone by
+        self._position = 0  # examples of this epoch drawn so far
         self._kept = 0  # those of them that were used
         self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self.dataset))
 
-    def _next_example(self) -> Example:
-        while True:
-            if self._position == len(self.dataset):
-                if self._kept == 0:
-                    raise ValueError(
-                        f"all {len(self.dataset)} training examples were left out: their prompts are too long"
-                    )
-                self._start_epoch(self._epoch + 1)
-            example = self.dataset[int(self._order[self._position])]
-            self._position += 1
-            if self._keep is None or self._keep(example):
-                self._kept += 1
-                return example
-            self.skipped += 1
+    def _current_state(self) -> dict[str, int]:
+        state = {"epoch": self._epoch, "position": self._position, "kept": self._kept, "skipped": self._skipped}
+        return {**state, "size": len(self.dataset)}
 
 
 def get_dataloaders(
@@ -458,9 +511,10 @@ def get_dataloaders(
     seed: int = 0,
     path: str | None = None,
     options: dict | None = None,
-    keep: Callable[[Example], bool] | None = None,
+    encode: "Callable[[list[Example]], Prompts] | None" = None,
+    max_prompt_length: int | None = None,
 ) -> tuple[TrainLoader, Dataset]:
     """The training loader and the test set of a task; the test set is the same for every seed."""
     train = get_dataset(name, "train", train_size, seed, path, options)
     test = get_dataset(name, "test", eval_size, EVAL_SEED, path, options)
-    return TrainLoader(train, prompts_per_step, seed, keep), test
+    return TrainLoader(train, prompts_per_step, seed, encode, max_prompt_length), test

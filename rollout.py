@@ -1,15 +1,14 @@
-"""The sampler: groups of completions for a batch of prompts, near the speed that memory allows, in plain torch.
+"""How is it sampled fast? Groups of completions for a batch of prompts, near the speed that memory allows, in torch.
 
-What makes it fast:
-- each prompt, picture included, is computed once and its keys and values are then copied to its G rows;
-- a lean decode step over the very weights that are trained (no second copy): query, key and value projections are one
-  matrix product, as are gate and up; the key-value cache is allocated beforehand;
-- on CUDA the step, sampling included, is captured as a graph per shape and replayed: one launch, no host in between;
-- rows that have finished leave in halvings, and the host looks whether any have only every few tokens;
-- the log-probabilities of the sampled tokens fall out of sampling: no extra pass.
+- Each prompt, pictures included, is computed once; its keys and values are then copied to its G rows.
+- A decode step runs over the very weights that are trained (no second copy): query, key and value projections are one
+  matrix product, gate and up another; the key-value cache is allocated beforehand.
+- On CUDA the step, sampling included, is captured as a graph per shape and replayed: one launch, no host in between.
+- Finished rows leave in halvings, and the host looks for them only every few tokens.
+- Sampling yields the log-probabilities of the sampled tokens: no extra pass.
 
-What is sampled is exactly softmax(logits / temperature). The model's own generation config (top-k, top-p, repetition
-penalty) has no say; only placeholder tokens that would break the model are excluded, here and in llms.token_logps.
+What is sampled is exactly softmax(logits / temperature). The model's generation config (top-k, top-p, repetition
+penalty) is ignored; only placeholder tokens that would break the model are excluded, here and in logprobs.py.
 
 Letters in the shape comments: Q prompts, G completions each, B = Q·G rows, P prompt tokens, T completion tokens,
 S = P + T cache slots, L layers, D head size, V vocabulary, b rows still decoding, w slots attended to.
@@ -17,13 +16,21 @@ S = P + T cache slots, L layers, D head size, V vocabulary, b rows still decodin
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-import lean
-from llms import LLM, Prompts, encode_prompts, forward_prompts, keys_and_values
+import layers
+from llms import LLM, Prompts, encode_prompts
+from logprobs import forward_prompts, keys_and_values
+
+if TYPE_CHECKING:
+    from rldatasets import Example
 
 # Attention reads the cache in multiples of so many slots: less to read on a CPU, fewer shapes to capture on a GPU.
 WINDOW = {"cpu": 16, "cuda": 64}
@@ -35,96 +42,177 @@ class Rollout:
 
     Attributes:
         prompts: the encoded prompts, with pictures.
-        completion_ids, completion_mask: (B, T), right-padded. The mask covers the end-of-sequence token (it is trained)
-            and nothing after it.
+        completion_ids, completion_mask: (B, T), right-padded. The mask covers the end-of-sequence token, which is
+            trained, and nothing after it.
         sampler_logps: (B, T) float32, log-probabilities as sampled; 0 off the mask.
         finished: (B,) True where an end-of-sequence token was sampled, False where the completion was cut off.
         texts: B decoded completions, special tokens removed.
     """
 
     prompts: Prompts
-    completion_ids: torch.Tensor
-    completion_mask: torch.Tensor
-    sampler_logps: torch.Tensor
-    finished: torch.Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    sampler_logps: Tensor
+    finished: Tensor
     texts: list[str]
     num_generations: int
 
     @property
-    def prompt_ids(self) -> torch.Tensor:  # (Q, P)
+    def prompt_ids(self) -> Tensor:  # (Q, P)
         return self.prompts.ids
 
     @property
-    def prompt_mask(self) -> torch.Tensor:  # (Q, P)
+    def prompt_mask(self) -> Tensor:  # (Q, P)
         return self.prompts.mask
 
     @property
-    def prompt_of_row(self) -> list[int]:
+    def prompt_of_row(self) -> list[int]:  # B numbers
         return [row // self.num_generations for row in range(len(self.completion_ids))]
 
+    @property
+    def sampled_mask(self) -> Tensor:  # (B, T)
+        """The tokens that the model sampled; in one turn, all of the completion."""
+        return self.completion_mask
 
-@torch.inference_mode()
-def sample(
-    llm: LLM,
-    examples,
-    num_generations: int,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    ignore_eos: bool = False,
-) -> Rollout:
-    """Sample `num_generations` completions for each example (or for already encoded `Prompts`).
+    @property
+    def lengths(self) -> Tensor:  # (B,)
+        return self.completion_mask.sum(1)
+
+    def select(self, groups: list[int]) -> Rollout:
+        """The groups at these indices, in that order."""
+        G = self.num_generations
+        rows = [row for group in groups for row in range(group * G, (group + 1) * G)]
+        return Rollout(
+            Prompts(
+                self.prompts.ids[groups],
+                self.prompts.mask[groups],
+                self.prompts.positions[..., groups, :],
+                [self.prompts.vision[group] for group in groups],
+            ),
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+            self.sampler_logps[rows],
+            self.finished[rows],
+            [self.texts[row] for row in rows],
+            G,
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Rollout]) -> Rollout:
+        """All groups of several rollouts, padded to the longest."""
+        length = max(part.completion_ids.shape[1] for part in parts)
+
+        def padded(tensor: Tensor) -> Tensor:  # (B, T) -> (B, longest T)
+            return F.pad(tensor, (0, length - tensor.shape[1]))
+
+        return Rollout(
+            Prompts.cat([part.prompts for part in parts]),
+            torch.cat([padded(part.completion_ids) for part in parts]),
+            torch.cat([padded(part.completion_mask) for part in parts]),
+            torch.cat([padded(part.sampler_logps) for part in parts]),
+            torch.cat([part.finished for part in parts]),
+            [text for part in parts for text in part.texts],
+            parts[0].num_generations,
+        )
+
+    def micro_batches(self, budget: int) -> list[list[int]]:
+        """Cut the rows into micro-batches of at most `budget` tokens, padding included; the gradient stays the same.
+
+        A group's rows stay together where they fit, since their prompt is computed once per micro-batch. Groups, and
+        rows within a group, are ordered by length, so that little is spent on padding.
+        """
+        lengths, width = self.lengths.tolist(), self.prompt_ids.shape[1]
+        by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        groups: dict[int, list[int]] = {prompt: [] for prompt in range(len(self.prompts))}
+        for row in by_length:
+            groups[row // self.num_generations].append(row)
+
+        def cost(rows: list[int]) -> int:
+            prompts = {row // self.num_generations for row in rows}
+            return len(rows) * max(lengths[row] for row in rows) + width * len(prompts)
+
+        batches: list[list[int]] = [[]]
+        for group in sorted(groups.values(), key=lambda rows: lengths[rows[-1]]):
+            if batches[-1] and cost(batches[-1] + group) > budget:
+                batches.append([])
+            for row in group:
+                if batches[-1] and cost([*batches[-1], row]) > budget:
+                    batches.append([])
+                batches[-1].append(row)
+        return batches
+
+
+class Sampler:
+    """Samples completions from a model. Owns the random numbers, and the decoder with its buffers and CUDA graphs,
+    which are made once and replaced only when a larger batch needs more room.
 
     Args:
-        temperature: 0 decodes greedily (`sampler_logps` are then those of temperature 1).
-        generator: source of randomness, on the model's device; only it is advanced. None uses torch's default one.
-        ignore_eos: sample `max_completion_length` tokens whatever comes, for measuring.
+        seed: of all that is sampled; greedy decoding draws no random numbers.
     """
-    prompts = (examples if isinstance(examples, Prompts) else encode_prompts(llm, examples)).to(llm.device)
-    hidden, cache = forward_prompts(llm.model, prompts)  # (Q, P, H)
-    decoder = get_decoder(llm, len(prompts) * num_generations, prompts.ids.shape[1] + max_completion_length)
-    decoder.start(prompts, cache, num_generations, temperature, generator, ignore_eos)
-    last = hidden[:, -1].repeat_interleave(num_generations, 0)  # (B, H); left-padded, so -1 is the prompt's last token
-    ids, logps, lengths, finished = decoder.decode(last, max_completion_length)
-    with torch.inference_mode(False):  # tensors made in inference mode cannot take part in autograd, their clones can
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths.clone()[:, None]  # (B, T)
-        ids, logps, finished = ids.clone(), logps.clone(), finished.clone()
-        prompts = clone_prompts(prompts)
-    ids.masked_fill_(~mask, llm.pad_token_id)
-    logps.masked_fill_(~mask, 0.0)
-    tokens = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
-    texts = llm.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Rollout(prompts, ids, mask, logps, finished, texts, num_generations)
 
+    def __init__(self, llm: LLM, seed: int = 0):
+        self.llm = llm
+        self.generator = torch.Generator(llm.device).manual_seed(seed)
+        self.decoder: Decoder | None = None
 
-def join(parts: list[tuple[Rollout, list[int]]]) -> Rollout:
-    """One rollout of the groups that are named in each of several, in that order."""
-    length = max(rollout.completion_ids.shape[1] for rollout, _ in parts)
-    width = max(rollout.prompt_ids.shape[1] for rollout, _ in parts)
-    G = parts[0][0].num_generations
+    @torch.inference_mode()
+    def sample(
+        self,
+        examples: Prompts | Sequence[Example],
+        num_generations: int,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        ignore_eos: bool = False,
+    ) -> Rollout:
+        """Sample `num_generations` completions for each example (or for already encoded `Prompts`).
 
-    def rows(tensor, groups):  # (B, T) -> (kept rows, longest T)
-        index = [row for group in groups for row in range(group * G, (group + 1) * G)]
-        return F.pad(tensor[index], (0, length - tensor.shape[1]))
+        Args:
+            temperature: 0 decodes greedily (`sampler_logps` are then those of temperature 1).
+            ignore_eos: sample exactly `max_completion_length` tokens, for benchmarks.
+        """
+        llm = self.llm
+        prompts = (examples if isinstance(examples, Prompts) else encode_prompts(llm, examples)).to(llm.device)
+        hidden, cache = forward_prompts(llm.model, prompts)  # (Q, P, H)
+        decoder = self.roomy_decoder(len(prompts) * num_generations, prompts.ids.shape[1] + max_completion_length)
+        decoder.start(prompts, cache, num_generations, temperature, self.generator, ignore_eos)
+        last = hidden[:, -1].repeat_interleave(num_generations, 0)  # (B, H); left-padded: -1 is the last prompt token
+        ids, logps, lengths, finished = decoder.decode(last, max_completion_length)
+        with torch.inference_mode(False):  # inference tensors cannot take part in autograd, but their clones can
+            mask = torch.arange(ids.shape[1], device=ids.device) < lengths.clone()[:, None]  # (B, T)
+            ids, logps, finished = ids.clone(), logps.clone(), finished.clone()
+            prompts = clone_prompts(prompts)
+        ids.masked_fill_(~mask, llm.pad_token_id)
+        logps.masked_fill_(~mask, 0.0)
+        tokens = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        texts = llm.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Rollout(prompts, ids, mask, logps, finished, texts, num_generations)
 
-    def prompts(tensor, groups):  # (…, Q, P) -> (…, kept, longest P), left-padded
-        return F.pad(tensor[..., groups, :], (width - tensor.shape[-1], 0))
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Draw from `seed` inside the block; restore the random state afterwards. The generator object stays the same,
+        since CUDA graphs were captured with it."""
+        state = self.generator.get_state()
+        self.generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            self.generator.set_state(state)
 
-    kept = [(rollout, groups) for rollout, groups in parts if groups]
-    return Rollout(
-        Prompts(
-            torch.cat([prompts(r.prompts.ids, groups) for r, groups in kept]),
-            torch.cat([prompts(r.prompts.mask, groups) for r, groups in kept]),
-            torch.cat([prompts(r.prompts.positions, groups) for r, groups in kept], -2),
-            [r.prompts.vision[group] for r, groups in kept for group in groups],
-        ),
-        torch.cat([rows(r.completion_ids, groups) for r, groups in kept]),
-        torch.cat([rows(r.completion_mask, groups) for r, groups in kept]),
-        torch.cat([rows(r.sampler_logps, groups) for r, groups in kept]),
-        torch.cat([r.finished.view(-1, G)[groups].flatten() for r, groups in kept]),
-        [text for r, groups in kept for group in groups for text in r.texts[group * G : (group + 1) * G]],
-        G,
-    )
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+
+    def roomy_decoder(self, rows: int, slots: int) -> Decoder:
+        """The decoder, replaced by a larger one if it has too few rows or slots."""
+        kept = self.decoder
+        if kept is None or kept.max_rows < rows or kept.slots < slots:
+            rows, slots = max(rows, kept.max_rows if kept else 0), max(slots, kept.slots if kept else 0)
+            self.decoder = kept = None  # free the old buffers before the new ones are made
+            kind = FusedDecoder if layers.has_fast_layers(self.llm.model) else Decoder
+            self.decoder = kept = kind(self.llm, rows, slots)
+        return kept
 
 
 def clone_prompts(prompts: Prompts) -> Prompts:
@@ -132,22 +220,11 @@ def clone_prompts(prompts: Prompts) -> Prompts:
     return Prompts(prompts.ids.clone(), prompts.mask.clone(), prompts.positions.clone(), vision)
 
 
-def get_decoder(llm: LLM, rows: int, slots: int) -> Decoder:
-    """The model's decoder, kept between calls so that buffers and CUDA graphs are made once; a larger one if needed."""
-    kept = llm.decoder
-    if kept is None or kept.max_rows < rows or kept.slots < slots:
-        kind = LeanDecoder if lean.is_lean(llm.model) else Decoder
-        rows, slots = max(rows, kept.max_rows if kept else 0), max(slots, kept.slots if kept else 0)
-        llm.decoder = None  # let the old buffers go before the new ones are made
-        llm.decoder = kept = kind(llm, rows, slots)
-    return kept
-
-
 class Decoder:
     """Decodes rows one token at a time with transformers' own forward pass: any architecture, without CUDA graphs.
 
     All state lives in buffers of fixed addresses that a step updates in place, so that a step can be captured as a
-    CUDA graph. `LeanDecoder` below replaces how the next hidden state is computed and keeps everything else.
+    CUDA graph. `FusedDecoder` below replaces how the next hidden state is computed and keeps everything else.
     """
 
     uses_graphs = False
@@ -156,23 +233,31 @@ class Decoder:
         device = llm.device
         self.window = WINDOW.get(device.type, 64)
         self.llm, self.max_rows, self.slots = llm, max_rows, round_up(slots, self.window)
-        # The host waits for the device when it looks at `alive`: free on a CPU, a bubble on a GPU.
+        # Reading `alive` makes the host wait for the device: free on a CPU, a bubble on a GPU.
         self.look_every = 1 if device.type == "cpu" else 16
         self.excluded = llm.excluded_mask()  # (V,) or None
         self.eos = torch.tensor(llm.eos_token_ids, device=device)
-        self.tokens = torch.zeros(max_rows, dtype=torch.long, device=device)  # what each row reads next
-        self.positions = torch.zeros(max_rows, dtype=torch.long, device=device)  # and its rotary position
+        self.tokens = torch.zeros(max_rows, dtype=torch.long, device=device)  # the token each row reads next
+        self.positions = torch.zeros(max_rows, dtype=torch.long, device=device)  # its rotary position
         self.alive = torch.zeros(max_rows, dtype=torch.bool, device=device)
-        # −inf on the slots that a row may not see, else 0
-        self.hide = torch.zeros(max_rows, 1, 1, self.slots, device=device)
+        # added to attention scores: −inf on the slots that a row may not see, else 0
+        self.bias = torch.zeros(max_rows, 1, 1, self.slots, device=device)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # the cache slot written next
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # the column of the output written next
         self.ids = torch.zeros(max_rows, self.slots, dtype=torch.long, device=device)
         self.logps = torch.zeros(max_rows, self.slots, device=device)
         self.lengths = torch.zeros(max_rows, dtype=torch.long, device=device)
 
-    def start(self, prompts: Prompts, cache, num_generations: int, temperature: float, generator, ignore_eos: bool):
-        """Set the buffers for B = Q·G rows whose prompts stand in slots 0 … P-1."""
+    def start(
+        self,
+        prompts: Prompts,
+        cache: Any,
+        num_generations: int,
+        temperature: float,
+        generator: torch.Generator | None,
+        ignore_eos: bool,
+    ) -> None:
+        """Set the buffers for B = Q·G rows whose prompts fill slots 0 … P-1."""
         queries, prompt_length = prompts.ids.shape
         self.rows, self.prompt_length = queries * num_generations, prompt_length
         self.temperature, self.generator, self.ignore_eos = temperature, generator, ignore_eos
@@ -180,22 +265,22 @@ class Decoder:
         self.alive[: self.rows] = True
         self.lengths.zero_()
         visible = prompts.mask.repeat_interleave(num_generations, 0)  # (B, P)
-        self.hide.fill_(-torch.inf)
-        self.hide[: self.rows, 0, 0, :prompt_length].masked_fill_(visible, 0.0)
+        self.bias.fill_(-torch.inf)
+        self.bias[: self.rows, 0, 0, :prompt_length].masked_fill_(visible, 0.0)
         self.slot.fill_(prompt_length)
         self.column.zero_()
         self.load_cache(cache, num_generations)
 
-    def decode(self, last_hidden: torch.Tensor, max_completion_length: int):
+    def decode(self, last_hidden: Tensor, max_completion_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample until every row has ended or is full -> ids, logps (B, T), lengths, finished (B,) in row order."""
         rows, device = self.rows, self.tokens.device
         ids = torch.zeros(rows, max_completion_length, dtype=torch.long, device=device)
         logps = torch.zeros(rows, max_completion_length, device=device)
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        origin = torch.arange(rows, device=device)  # which of the B rows a decoding row is
+        origin = torch.arange(rows, device=device)  # (b,) the row, of B, that each decoding row belongs to
 
-        def hand_over():
+        def hand_over() -> None:
             ids[origin] = self.ids[: self.rows, :max_completion_length]
             logps[origin] = self.logps[: self.rows, :max_completion_length]
             lengths[origin] = self.lengths[: self.rows]
@@ -218,9 +303,9 @@ class Decoder:
         longest = int(lengths.max())
         return ids[:, :longest], logps[:, :longest], lengths, finished
 
-    def keep_rows(self, keep: torch.Tensor) -> None:
-        """Go on with the rows `keep` only, moved to the front of the same buffers."""
-        for buffer in (self.tokens, self.positions, self.alive, self.hide, self.ids, self.logps, self.lengths):
+    def keep_rows(self, keep: Tensor) -> None:
+        """Keep only the rows `keep`, moved to the front of the same buffers."""
+        for buffer in (self.tokens, self.positions, self.alive, self.bias, self.ids, self.logps, self.lengths):
             buffer[: len(keep)] = buffer[keep]
         self.keep_cache(keep)
         self.rows = len(keep)
@@ -230,13 +315,13 @@ class Decoder:
 
     def advance(self, rows: int, window: int) -> None:
         """Read the last sampled tokens, write their keys and values to the cache, sample the next ones."""
-        self.hide[:rows].index_fill_(3, self.slot, 0.0)
+        self.bias[:rows].index_fill_(3, self.slot, 0.0)
         self.emit(rows, self.next_hidden(rows, window))
         self.slot += 1
         self.positions[:rows] += 1
 
-    def emit(self, rows: int, hidden: torch.Tensor) -> None:
-        """Sample a token for each row from its hidden state (b, H) and note it, with its log-probability."""
+    def emit(self, rows: int, hidden: Tensor) -> None:
+        """Sample a token for each row from its hidden state (b, H); record it with its log-probability."""
         logits = F.linear(hidden, self.llm.model.get_output_embeddings().weight).float()  # (b, V)
         if self.temperature not in (0, 1):
             logits /= self.temperature
@@ -249,33 +334,33 @@ class Decoder:
             cumulated = logps.exp().cumsum(-1)  # (b, V)
             uniform = torch.rand(rows, 1, device=hidden.device, generator=self.generator).clamp_max_(1 - 2**-23)
             tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0]
-            tokens.clamp_max_(logps.shape[1] - 1)  # weights that broke give NaN, where none is found; the loop skips it
+            tokens.clamp_max_(logps.shape[1] - 1)  # NaN weights find no token; the loop skips such a step
         self.ids[:rows].index_copy_(1, self.column, tokens[:, None])
         self.logps[:rows].index_copy_(1, self.column, logps.gather(1, tokens[:, None]))
-        self.lengths[:rows] += self.alive[:rows]  # the end-of-sequence token itself counts, what comes after does not
+        self.lengths[:rows] += self.alive[:rows]  # counts the end-of-sequence token and nothing after it
         if not self.ignore_eos:
             self.alive[:rows] &= (tokens[:, None] != self.eos).all(1)
         self.tokens[:rows] = tokens
         self.column += 1
 
-    # What LeanDecoder does in its own way:
+    # The parts that FusedDecoder overrides:
 
-    def load_cache(self, cache, num_generations: int) -> None:
+    def load_cache(self, cache: Any, num_generations: int) -> None:
         cache.batch_repeat_interleave(num_generations)
         self.cache = cache
 
-    def keep_cache(self, keep: torch.Tensor) -> None:
+    def keep_cache(self, keep: Tensor) -> None:
         self.cache.batch_select_indices(keep)
 
-    def next_hidden(self, rows: int, window: int) -> torch.Tensor:
-        """(b, H) the state after each row's last token."""
+    def next_hidden(self, rows: int, window: int) -> Tensor:
+        """(b, H) the hidden state after each row's last token."""
         seen = self.cache.get_seq_length() + 1
         positions = self.positions[:rows, None]  # (b, 1)
         if hasattr(self.llm.model.base_model, "get_rope_index"):
             positions = positions.expand(3, -1, -1)
         return self.llm.model.base_model(
             input_ids=self.tokens[:rows, None],
-            attention_mask=(self.hide[:rows, 0, 0, :seen] == 0).long(),
+            attention_mask=(self.bias[:rows, 0, 0, :seen] == 0).long(),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -287,18 +372,18 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def halve_to(rows: int, needed: int) -> int:
-    """Halve `rows` as long as `needed` rows still fit: few different batch shapes, hence few CUDA graphs."""
+    """Halve `rows` while `needed` rows still fit: few batch shapes, hence few CUDA graphs."""
     while needed <= rows // 2:
         rows //= 2
     return rows
 
 
-class LeanDecoder(Decoder):
-    """One decode step for the Llama and Qwen families, over the model's own weights, captured as a CUDA graph."""
+class FusedDecoder(Decoder):
+    """Decodes with layers.py over the model's own weights; on CUDA each shape of a step is captured as a graph."""
 
     def __init__(self, llm: LLM, max_rows: int, slots: int):
         super().__init__(llm, max_rows, slots)
-        self.text_model = lean.text_model_of(llm.model)
+        self.text_model = layers.text_model_of(llm.model)
         attention = self.text_model.layers[0].self_attn
         self.scaling, D = attention.scaling, attention.head_dim
         heads, options = attention.k_proj.out_features // D, {"dtype": llm.dtype, "device": llm.device}
@@ -308,20 +393,21 @@ class LeanDecoder(Decoder):
         self.fuse()
         self.uses_graphs = llm.device.type == "cuda"
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.graph_memory = None  # one pool for all graphs: they run one after the other and keep nothing in it
+        self.graph_memory: Any = None  # one pool for all graphs: they run in turn and keep nothing in it
 
-    def rotary_table(self):
+    def rotary_table(self) -> tuple[Tensor, Tensor]:
+        """cos and sin (S, D) of every position."""
         positions = torch.arange(self.slots, device=self.llm.device)[None]  # (1, S)
         if hasattr(self.llm.model.base_model, "get_rope_index"):
-            positions = positions.expand(3, 1, -1)  # a text token stands at the same place in time, height and width
+            positions = positions.expand(3, 1, -1)  # a text token has one position in time, height and width
         example = torch.zeros(1, dtype=self.llm.dtype, device=self.llm.device)
-        cos, sin = lean.rotary(self.text_model, example, positions)
+        cos, sin = layers.rotary(self.text_model, example, positions)
         return cos[0], sin[0]
 
     def fuse(self) -> None:
-        """Lay weights that are read together side by side and make the parameters views of the whole.
+        """Store weights that are read together in one tensor and make the parameters views of it.
 
-        There is still one copy: the optimizer updates the parameters in place, and the step below sees it.
+        There is still one copy: the optimizer updates the parameters in place, and the decode step sees the update.
         """
         self.fused = []
         for layer in self.text_model.layers:
@@ -330,27 +416,27 @@ class LeanDecoder(Decoder):
             bias = side_by_side(qkv, "bias") if attention.q_proj.bias is not None else None
             self.fused.append((side_by_side(qkv, "weight"), bias, side_by_side((mlp.gate_proj, mlp.up_proj), "weight")))
 
-    def start(self, prompts, *args):
+    def start(self, prompts: Prompts, *args: Any) -> None:
         if self.text_model.layers[-1].self_attn.q_proj.weight.data_ptr() != self.fused[-1][0].data_ptr():
-            self.fuse()  # the model was moved or its parameters replaced since
+            self.fuse()  # since then the model was moved or its parameters were replaced
             self.graphs.clear()
         super().start(prompts, *args)
 
-    def load_cache(self, cache, num_generations: int) -> None:
+    def load_cache(self, cache: Any, num_generations: int) -> None:
         for (keys, values), prompt in zip(self.caches, keys_and_values(cache), strict=True):
             keys[: self.rows, :, : self.prompt_length] = prompt[0].repeat_interleave(num_generations, 0)
             values[: self.rows, :, : self.prompt_length] = prompt[1].repeat_interleave(num_generations, 0)
 
-    def keep_cache(self, keep: torch.Tensor) -> None:
+    def keep_cache(self, keep: Tensor) -> None:
         for keys, values in self.caches:
             keys[: len(keep)] = keys[keep]
             values[: len(keep)] = values[keep]
 
     def step(self, rows: int, window: int) -> None:
-        """On CUDA the first step of a shape runs as it is (which warms it up), the second is captured, all replayed."""
+        """On CUDA: run a new shape eagerly once, capture it the second time, replay the graph from then on."""
         if not self.uses_graphs:
             return self.advance(rows, window)
-        key = (rows, window, self.temperature, self.ignore_eos, self.generator)  # all that is baked into a graph
+        key = (rows, window, self.temperature, self.ignore_eos, self.generator)  # all that a graph fixes
         if key not in self.graphs:
             self.graphs[key] = None
             return self.advance(rows, window)
@@ -364,26 +450,27 @@ class LeanDecoder(Decoder):
             self.graphs[key] = graph
         self.graphs[key].replay()
 
-    def next_hidden(self, rows: int, window: int) -> torch.Tensor:
-        """(b, H). Grouped-query attention by plain matrix products: a key head's queries stand where time would."""
+    def next_hidden(self, rows: int, window: int) -> Tensor:
+        """(b, H). Grouped-query attention by matrix products: queries that share a key head are stacked along the time
+        axis."""
         x = self.text_model.embed_tokens(self.tokens[:rows])  # (b, H)
         cos, sin = self.cos[self.positions[:rows], None], self.sin[self.positions[:rows], None]  # (b, 1, D)
-        hide = self.hide[:rows, :, :, :window]  # (b, 1, 1, w)
+        bias = self.bias[:rows, :, :, :window]  # (b, 1, 1, w)
 
-        def attend(number, query, key, value):
+        def attend(number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self.caches[number]
             keys[:rows].index_copy_(2, self.slot, key.unsqueeze(2))
             values[:rows].index_copy_(2, self.slot, value.unsqueeze(2))
             query = query.reshape(rows, key.shape[1], -1, key.shape[2])  # (b, key heads, queries per key head, D)
             scores = (query * self.scaling) @ keys[:rows, :, :window].transpose(2, 3)  # (b, key heads, queries, w)
-            weights = (scores + hide).softmax(-1).to(value.dtype)  # `hide` is float32, and so is the softmax
+            weights = (scores + bias).softmax(-1).to(value.dtype)  # `bias` is float32, so the softmax is too
             return (weights @ values[:rows, :, :window]).reshape(rows, -1)
 
-        return lean.run_layers(self.text_model, x, cos, sin, attend, self.fused)
+        return layers.run_layers(self.text_model, x, cos, sin, attend, self.fused)
 
 
-def side_by_side(modules, name: str) -> torch.Tensor:
-    """One tensor holding the modules' parameters `name` one after the other; each parameter becomes a view of it."""
+def side_by_side(modules: Sequence[Any], name: str) -> Tensor:
+    """One tensor with the modules' parameters `name`, concatenated; each parameter becomes a view of it."""
     with torch.inference_mode(False), torch.no_grad():
         parameters = [getattr(module, name) for module in modules]
         whole = torch.cat([parameter.data for parameter in parameters])

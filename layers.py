@@ -1,42 +1,46 @@
-"""The decoder layers of the Llama and Qwen families, written out once over the model's own weights.
+"""The decoder layers of the Llama and Qwen families, written out over the model's own weights.
 
-The sampler's decode step and, on a CPU, the forward pass of the loss both run these few operations instead of
-transformers' modules; what differs between them is how queries meet keys, and that is a function they bring along.
+The sampler's decode step and, on a CPU, the forward pass of the loss run these few operations instead of transformers'
+modules. The two differ in how queries meet keys, so each brings its own `attend` function.
 
 Letters in the shape comments: n tokens side by side, H hidden size, D head size, B rows, T tokens of each, S keys that
-they may see (those of the past first).
+they may see (those of earlier tokens first).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-LEAN_FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
 
 
-def is_lean(model) -> bool:
-    """Is this an architecture that `run_layers` knows? Others compute through transformers' own forward pass."""
+def has_fast_layers(model) -> bool:
+    """Does `run_layers` compute this architecture? Others go through transformers' own forward pass."""
     config = model.config.get_text_config()
     full_attention = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    rope = getattr(config, "rope_parameters", None) or {}  # none where positions are learned, as in GPT-2
+    rope = getattr(config, "rope_parameters", None) or {}  # absent where positions are learned, as in GPT-2
     static_rope = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-    return config.model_type in LEAN_FAMILIES and full_attention and static_rope and config.hidden_act == "silu"
+    return config.model_type in FAMILIES and full_attention and static_rope and config.hidden_act == "silu"
 
 
 def text_model_of(model):
-    """The decoder itself, without vision tower and output embedding."""
+    """The decoder, without the vision tower and the output embedding."""
     return getattr(model.base_model, "language_model", model.base_model)
 
 
-def run_layers(text_model, x: torch.Tensor, cos, sin, attend, fused=None) -> torch.Tensor:
-    """(n, H) embeddings of tokens -> (n, H) their last hidden states, normed.
+def run_layers(text_model, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, fused: list | None = None) -> Tensor:
+    """Token embeddings (n, H) -> last hidden states (n, H), after the final norm.
 
     Args:
-        cos, sin: (n, 1, D), the rotary position of each token, as `rotary` gives them.
-        attend: (number of the layer, query (n, heads, D), key and value (n, key heads, D)) -> (n, heads · D).
-        fused: for each layer the weights of query, key and value side by side, their biases, and those of gate and up:
-            fewer and larger products, for few tokens at a time. None: each module by itself, with gradients.
+        cos, sin: (n, 1, D), the rotary position of each token, as returned by `rotary`.
+        attend: (layer number, query (n, heads, D), key and value (n, key heads, D)) -> (n, heads · D).
+        fused: for each layer (weights of query, key and value in one tensor, their biases, weights of gate and up in
+            one tensor): fewer and larger products, for few tokens at a time. None: each module separately, with
+            gradients.
     """
     for number, layer in enumerate(text_model.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -45,7 +49,7 @@ def run_layers(text_model, x: torch.Tensor, cos, sin, attend, fused=None) -> tor
             qkv, qkv_bias, gate_up = fused[number]
             heads = [part.out_features // attention.head_dim for part in (attention.q_proj, attention.k_proj)]
             projected = F.linear(normed, qkv, qkv_bias).unflatten(-1, (-1, attention.head_dim))
-            both, value = projected[:, : sum(heads)], projected[:, sum(heads) :]  # queries and keys are rotated at once
+            both, value = projected[:, : sum(heads)], projected[:, sum(heads) :]  # rotate queries and keys together
             if hasattr(attention, "q_norm"):  # Qwen3
                 query, key = both.split(heads, 1)
                 both = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], 1)
@@ -63,13 +67,13 @@ def run_layers(text_model, x: torch.Tensor, cos, sin, attend, fused=None) -> tor
     return rms_norm(x, text_model.norm)
 
 
-def forward(model, ids, positions, hide, past=None):
-    """One differentiable pass over (B, T) tokens -> (hidden states (B, T, H), keys and values of each layer).
+def forward(model, ids: Tensor, positions: Tensor, bias: Tensor, past: list | None = None) -> tuple[Tensor, list]:
+    """One differentiable pass over (B, T) tokens -> hidden states (B, T, H), and each layer's keys and values.
 
     Args:
         positions: (B, T), or (3, B, T) for models with 3-D rotary positions.
-        hide: (B, 1, T, S), −inf on keys that a token may not see, else 0.
-        past: for each layer keys and values (B, key heads, S - T, D) of what stands before, or None.
+        bias: (B, 1, T, S), added to the attention scores: 0 where visible, −inf elsewhere.
+        past: each layer's keys and values (B, key heads, S - T, D) of earlier tokens, or None.
     """
     text_model = text_model_of(model)
     rows, length = ids.shape
@@ -77,62 +81,64 @@ def forward(model, ids, positions, hide, past=None):
     cos, sin = rotary(text_model, x, positions)  # (B, T, D)
     cache = []
 
-    def attend(number, *projected):
+    def attend(number: int, *projected: Tensor) -> Tensor:
         query, key, value = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in projected)  # (B, heads, T, D)
         if past:
             key, value = torch.cat([past[number][0], key], 2), torch.cat([past[number][1], value], 2)
         cache.append((key, value))  # (B, key heads, S, D)
         scale = text_model.layers[number].self_attn.scaling
-        mixed = F.scaled_dot_product_attention(query, key, value, hide, scale=scale, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=True)
         return mixed.transpose(1, 2).flatten(2).flatten(0, 1)  # (n, heads · D)
 
     x = run_layers(text_model, x, cos.flatten(0, 1)[:, None], sin.flatten(0, 1)[:, None], attend)
     return x.unflatten(0, (rows, length)), cache
 
 
-def rms_norm(x: torch.Tensor, norm) -> torch.Tensor:
+def rms_norm(x: Tensor, norm) -> Tensor:
+    """x / rms(x) · weight over the last dimension, with the weight and epsilon of the module `norm`."""
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
     return (x * inverse_rms(x, norm.variance_epsilon)).to(x.dtype) * norm.weight
 
 
-def inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """(…, 1), 1 / sqrt(mean of squares + epsilon), in as few operations as it can be said."""
+def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """1 / sqrt(mean of squares + epsilon), (…, 1), in as few torch operations as possible."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
     return torch.addcmul(length.new_full((), epsilon), length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / rms(x) · weight. On a CPU torch differentiates its own through a dozen small steps, three times slower."""
+    """`rms_norm` with its gradient in closed form: on a CPU three times faster than torch's own dozen small steps."""
 
     @staticmethod
-    def forward(ctx, x, weight, epsilon):
-        inverse = inverse_rms(x, epsilon)
+    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        inverse = inverse_rms(x, epsilon)  # (…, 1)
         normed = (x * inverse).to(x.dtype)
         ctx.save_for_backward(normed, weight, inverse)
         return normed * weight
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor):
         normed, weight, inverse = ctx.saved_tensors
         product = grad * normed
-        mean = (product @ weight).unsqueeze(-1) / weight.numel()  # (…, 1): what moves rms(x) moves all of x
+        mean = (product @ weight).unsqueeze(-1) / weight.numel()  # (…, 1): a change of rms(x) moves every element
         grad_x = (grad * weight).sub_(normed * mean).mul(inverse).to(grad.dtype)
         return grad_x, product.flatten(0, -2).sum(0), None
 
 
-def rotary(text_model, x: torch.Tensor, positions: torch.Tensor):
-    """cos and sin (B, T, D) of positions (B, T) or (3, B, T); sin with the signs of `rotate` in it."""
+def rotary(text_model, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (B, T, D), of positions (B, T) or (3, B, T); `sin` carries the signs that `rotate` needs."""
     cos, sin = text_model.rotary_emb(x, positions)
     first, second = sin.chunk(2, -1)
     return cos, torch.cat([-first, second], -1)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves paired as Llama and Qwen do."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), with halves paired as in Llama and Qwen."""
     first, second = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([second, first], -1), sin)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are taken in: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

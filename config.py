@@ -1,0 +1,367 @@
+"""Which settings are there? Each flag is one field here: its name, type, default and help. Imports no torch.
+
+    python main.py --help                     # every flag
+    python config.py > docs/flags.md          # the same as a page
+
+Names are those of transformers' TrainingArguments and TRL's GRPOConfig wherever one exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from progress import did_you_mean
+from rldatasets import DATASETS, dataset_options
+from tiny_models import TINY_DEFAULTS
+
+
+def flag(
+    default: Any,
+    text: str,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    section: str | None = None,
+    **more: Any,
+) -> Any:
+    """A field that becomes a command-line flag: numbers within [least, most] or over `above`; `section` starts a new
+    group of flags in --help; `more` goes to argparse."""
+    bounds = {"least": least, "most": most, "above": above}
+    return dataclasses.field(
+        default=default, metadata={"help": text, "choices": choices, "section": section, "bounds": bounds, "more": more}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The choices that make an objective of the GRPO family; a flag of the same name changes each of them."""
+
+    name: str = "custom"
+    scale_rewards: str = flag(
+        "group", "divide advantages by the std of the group, of the batch, or not", choices=("group", "batch", "none")
+    )
+    importance_sampling_level: str = flag(
+        "token", "one importance ratio per token, or one per sequence (GSPO)", choices=("token", "sequence")
+    )
+    clip: str = flag(
+        "ratio", "ratio: PPO's clipped ratio; weight: a clipped, detached weight on log π (CISPO)",
+        choices=("ratio", "weight"),
+    )  # fmt: skip
+    epsilon: float = flag(0.2, "ε: clip the ratio below 1 − ε and above 1 + ε", least=0)
+    epsilon_high: float | None = flag(None, "a different ε for the upper bound", least=0)
+    beta: float = flag(0.0, "β: weight of the KL penalty; with 0 no reference model is loaded", least=0)
+    kl_estimator: str = flag("k3", "estimator of the KL divergence from the reference", choices=("k1", "k2", "k3"))
+    normalizer: str = flag(
+        "completions",
+        "divide the summed loss by: completions = each length, then their number; tokens = all tokens; "
+        "max_length = completions × --max_completion_length",
+        choices=("completions", "tokens", "max_length"),
+    )
+    dynamic_sampling: bool = flag(False, "replace groups whose rewards are all equal (DAPO): 1 or 0")
+    overlong_buffer: float = flag(
+        0.0, "share of --max_completion_length over which a soft penalty grows to −1 (DAPO); 0: no penalty", 0, 1
+    )
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective("grpo", beta=0.04),  # DeepSeekMath, arXiv 2402.03300
+        Objective("bnpo", beta=0.04, normalizer="tokens"),
+        Objective("dr_grpo", scale_rewards="none", normalizer="max_length"),  # arXiv 2503.20783
+        # DAPO, arXiv 2503.14476
+        Objective("dapo", epsilon_high=0.28, normalizer="tokens", dynamic_sampling=True, overlong_buffer=0.2),
+        Objective("gspo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),  # arXiv 2507.18071
+        Objective("cispo", clip="weight", epsilon_high=0.28, normalizer="tokens"),  # MiniMax-M1, arXiv 2506.13585
+    )
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of a run; `objective` is resolved: its preset with the choices that were given."""
+
+    model_path: str = flag(
+        "Qwen/Qwen2.5-1.5B-Instruct", "a model on the hub, a local folder, or `tiny`", section="Model and task"
+    )
+    dataset_name: str = flag("gsm8k", f"the task: {', '.join(DATASETS)}")
+    dataset_path: str | None = flag(None, "local data for a task that reads files: a folder or a JSONL file")
+    dataset_options: dict = flag(
+        None, "options of the task, such as style=bold size=56", nargs="*", metavar="KEY=VALUE"
+    )
+    output_dir: str | None = flag(None, "folder for the run (default: runs/TASK-MODEL)")
+    train_size: int | None = flag(None, "number of training examples (default: the task's)", least=1)
+    eval_size: int | None = flag(None, "number of test examples, always the first ones (default: the task's)", least=1)
+
+    num_train_epochs: float = flag(1.0, "passes over the training examples", above=0, section="Duration and logging")
+    max_steps: int | None = flag(None, "number of optimizer steps; overrides --num_train_epochs", least=1)
+    eval_steps: int = flag(100, "evaluate every N steps, and before and after training (0: only before and after)", 0)
+    save_steps: int = flag(100, "save a checkpoint every N steps, and at the end (0: only at the end)", 0)
+    save_total_limit: int = flag(2, "keep the N newest checkpoints, and the best", 1)
+    max_minutes: float | None = flag(None, "stop with a checkpoint after so many minutes", above=0)
+    log_completions_steps: int = flag(10, "save some completions for reading every N steps (0: only the first)", 0)
+    log_completions_groups: int = flag(2, "number of groups saved each time", 1)
+
+    prompts_per_step: int = flag(8, "Q: prompts per optimizer step", 1, section="Sampling")
+    num_generations: int = flag(16, "G: completions per prompt, compared with each other", 2)
+    max_prompt_length: int = flag(512, "skip prompts with more tokens than this, pictures included", 1)
+    max_completion_length: int = flag(786, "cut completions off after this many tokens", 1)
+    temperature: float = flag(1.0, "temperature of sampling and of the trained log-probabilities", above=0)
+    eval_batch_size: int = flag(64, "prompts evaluated at once", 1)
+    eval_samples: int = flag(1, "also sample K answers to each test question, for pass@K and majority@K", 1)
+
+    objective: Objective = flag(
+        OBJECTIVES["grpo"],
+        f"preset: {', '.join(OBJECTIVES)}; the flags below change single choices",
+        section="Objective",
+    )
+    num_iterations: int = flag(1, "μ: updates from the same completions", 1)
+    max_resamples: int = flag(3, "rounds of further prompts with --dynamic_sampling", 1)
+    mask_truncated_completions: bool = flag(False, "leave completions that were cut off out of the loss")
+    importance_sampling_correction: bool = flag(
+        False, "weight each token by the trainer's probability over the sampler's"
+    )
+    correction_cap: float = flag(2.0, "upper bound of those weights", 1)
+    sync_ref_model: bool = flag(False, "mix the trained weights into the reference model from time to time")
+    ref_model_sync_steps: int = flag(512, "steps between two such updates of the reference", 1)
+    ref_model_mixup_alpha: float = flag(0.6, "α of such an update: reference = α·model + (1 − α)·reference", 0, 1)
+    shuffle_rewards: bool = flag(False, "a control that must not learn: shuffle the rewards among the completions")
+
+    learning_rate: float = flag(1e-6, "learning rate after the warm-up", 0, section="Optimizer (AdamW)")
+    lr_scheduler_type: str = flag(
+        "constant", "course of the learning rate after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup_ratio: float = flag(0.05, "share of the steps over which the learning rate grows from 0", 0, 1)
+    weight_decay: float = flag(0.0, "decoupled weight decay", 0)
+    adam_beta1: float = flag(0.9, "decay rate of the mean of the gradients", 0, 1)
+    adam_beta2: float = flag(0.99, "decay rate of the mean of the squared gradients", 0, 1)
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm (0: do not clip)", 0)
+    max_skipped_steps: int = flag(5, "stop after N steps in a row whose gradient is not finite", 1)
+
+    micro_batch_tokens: int = flag(
+        8192, "tokens computed at once in the loss; fewer take less memory and give the same result", 1,
+        section="Machine",
+    )  # fmt: skip
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    dtype: str = flag(
+        "auto", "dtype of the weights; auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16")
+    )
+    attn_implementation: str = flag(
+        "auto",
+        "attention; auto: flash-attn if installed on CUDA, else torch's scaled-dot-product attention",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    device: str | None = flag(None, "cuda, mps or cpu (default: the first available)")
+    seed: int = flag(0, "seed of the order of the data and of sampling", 0)
+
+    resume: str | None = flag(
+        None,
+        "continue the run in --output_dir, from its newest checkpoint or the named one",
+        section="Runs",
+        nargs="?",
+        const="newest",
+        metavar="CHECKPOINT",
+    )
+    overwrite_output_dir: bool = flag(False, "delete the run in --output_dir")
+    eval_only: bool = flag(False, "evaluate --model_path, or with --resume a checkpoint, and stop")
+
+    argv: tuple[str, ...] = ()  # the arguments as given
+
+    def flags(self) -> dict[str, Any]:
+        """Every flag by name, for config.json; the choices of the objective under their own names."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "argv"}
+        return values | dataclasses.asdict(self.objective) | {"objective": self.objective.name}
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The settings that the command line asks for. Refuses bad ones in one line, with exit status 2.
+
+    With `--model_path tiny` the defaults are those of the task's recipe in tiny_models.py.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    first, _ = parser.parse_known_args([text for text in argv if text not in ("-h", "--help")])
+    defaults = TINY_DEFAULTS.get(first.dataset_name, {}) if first.model_path == "tiny" else {}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name != "dataset_options"})
+    given = vars(parser.parse_args(argv))
+    if given["dataset_name"] not in DATASETS:
+        parser.error(f"there is no task {given['dataset_name']!r}; {did_you_mean(given['dataset_name'], DATASETS)}")
+    given["dataset_options"] = parse_options(parser, given, defaults.get("dataset_options", {}))
+    given["output_dir"] = given["output_dir"] or f"runs/{given['dataset_name']}-{Path(given['model_path']).name}"
+    choices = {field.name: given.pop(field.name) for field in dataclasses.fields(Objective) if field.name != "name"}
+    choices = {name: value for name, value in choices.items() if value is not None}
+    given["objective"] = dataclasses.replace(resolve_objective(parser, given["objective"]), **choices)
+    if given["overwrite_output_dir"] and given["resume"]:
+        parser.error("--resume continues a run, --overwrite_output_dir deletes it: use only one")
+    if given["sync_ref_model"] and not given["objective"].beta:
+        parser.error("--sync_ref_model needs a reference model, which is loaded only with --beta above 0")
+    return Config(**given, argv=tuple(argv))
+
+
+def resolve_objective(parser: Parser, name: str | Objective) -> Objective:
+    if isinstance(name, Objective):
+        return name
+    if name not in OBJECTIVES:
+        parser.error(f"there is no objective {name!r}; {did_you_mean(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def parse_options(parser: Parser, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The task's options from KEY=VALUE texts, over the defaults of its tiny model."""
+    options, known = dict(defaults), dataset_options(given["dataset_name"])
+    for text in given["dataset_options"] or []:
+        key, _, value = text.partition("=")
+        if not (key and value):
+            parser.error(f"--dataset_options takes KEY=VALUE, not {text!r}")
+        if key not in known:
+            parser.error(f"the task {given['dataset_name']!r} has no option {key!r}; {did_you_mean(key, known)}")
+        options[key] = value
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From fields to argparse
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, with the nearest name."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            name = message.split(": ", 1)[1].split()[0]
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            hint = did_you_mean(name.split("=")[0], known)
+            message = f"there is no flag {name}; {hint if hint.startswith('did') else 'see --help'}"
+        print(f"main.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="main.py",
+        description="Train a language model with GRPO. `--model_path tiny` builds a small model on this machine; its "
+        "defaults for each task are in tiny_models.py.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+        allow_abbrev=False,
+    )
+    group: Any = parser
+    for owner, field in flag_fields():
+        if field.metadata["section"]:
+            group = parser.add_argument_group(field.metadata["section"])
+        add_flag(group, owner, field)
+    return parser
+
+
+def flag_fields() -> list[tuple[type, dataclasses.Field]]:
+    """(class, field) of every flag, in the order of --help: the choices of an objective follow --objective."""
+    found: list[tuple[type, dataclasses.Field]] = []
+    for field in dataclasses.fields(Config):
+        if field.metadata:
+            found.append((Config, field))
+        if field.name == "objective":
+            found += [(Objective, choice) for choice in dataclasses.fields(Objective) if choice.metadata]
+    return found
+
+
+def add_flag(group: Any, owner: type, field: dataclasses.Field) -> None:
+    """Add a field of Config or Objective to a parser. A choice of the objective has no default here: it keeps that of
+    the preset."""
+    kind, meta = kind_of(owner, field), field.metadata
+    default = None if owner is Objective else field.default
+    if kind is bool and owner is Config:
+        group.add_argument(f"--{field.name}", action="store_true", help=help_text(owner, field))
+        return
+    more = dict(meta["more"])
+    if meta["choices"]:
+        more["choices"] = meta["choices"]
+    group.add_argument(
+        f"--{field.name}",
+        type=bounded(kind, **meta["bounds"]) if kind in (int, float) else truth if kind is bool else str,
+        default=default,
+        help=help_text(owner, field),
+        **more,
+    )
+
+
+def help_text(owner: type, field: dataclasses.Field) -> str:
+    default = field.default.name if isinstance(field.default, Objective) else field.default
+    shown = owner is Config and default not in (None, False)
+    text = field.metadata["help"] + (f" (default: {default})" if shown else "")
+    return text.replace("%", "%%")
+
+
+def kind_of(owner: type, field: dataclasses.Field) -> type:
+    """int, float, bool or str: the type of a field without its None."""
+    hint = typing.get_type_hints(owner)[field.name]
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    return kinds[0]
+
+
+def bounded(kind: type, least: float | None, most: float | None, above: float | None) -> Callable[[str], float]:
+    """A parser of finite numbers within bounds; its error message names them."""
+    wanted = [f"at least {least:g}"] if least is not None else []
+    wanted += [f"at most {most:g}"] if most is not None else []
+    wanted += [f"above {above:g}"] if above is not None else []
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        inside = (least is None or value >= least) and (most is None or value <= most)
+        if not (inside and (above is None or value > above) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted) or 'a finite number'}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def truth(text: str) -> bool:
+    values = {"1": True, "true": True, "0": False, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be 1 or 0, not {text}")
+    return values[text.lower()]
+
+
+def flags_page() -> str:
+    """docs/flags.md: every flag with its help, section by section."""
+    lines = [
+        "# Flags",
+        "",
+        "Made from `config.py` by `python config.py > docs/flags.md`. With `--model_path tiny` some defaults are those",
+        "of the task's recipe in `tiny_models.py`.",
+    ]
+    for owner, field in flag_fields():
+        if field.metadata["section"]:
+            lines += ["", f"## {field.metadata['section']}", "", "| flag | what |", "|---|---|"]
+        lines.append(f"| `--{field.name}{value_name(owner, field)}` | {help_text(owner, field).replace('%%', '%')} |")
+    return "\n".join(lines) + "\n"
+
+
+def value_name(owner: type, field: dataclasses.Field) -> str:
+    """How the page shows the value of a flag: N for whole numbers, X for numbers, the choices, or TEXT."""
+    kind, more = kind_of(owner, field), field.metadata["more"]
+    if "metavar" in more:
+        return f" [{more['metavar']}]" if more["nargs"] == "?" else f" {more['metavar']} …"
+    if kind is bool:
+        return "" if owner is Config else " {1,0}"
+    if field.metadata["choices"]:
+        return f" {{{','.join(field.metadata['choices'])}}}"
+    return {int: " N", float: " X"}.get(kind, " TEXT")
+
+
+if __name__ == "__main__":
+    print(flags_page(), end="")

@@ -1,0 +1,226 @@
+"""How likely was it? Log-probabilities of sampled tokens, with shared prompts and without a (B, T, V) tensor.
+
+A prompt and its pictures are computed once per group, and the vocabulary is visited one chunk of tokens at a time.
+Letters in the shape comments: Q prompts, B completions (rows; row i answers prompt `prompt_of_row[i]`), P prompt tokens
+(left-padded), T completion tokens (right-padded), H hidden size, V vocabulary, N completion tokens in all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+import layers
+from llms import KEPT_BYTES, LLM, Prompts
+
+if TYPE_CHECKING:
+    from rollout import Rollout
+
+LOGIT_CHUNK_BYTES = 256 * 2**20  # memory for the logits of one chunk of tokens
+
+
+def token_logps(
+    llm: LLM,
+    rollout: Rollout,
+    temperature: float = 1.0,
+    rows: list[int] | None = None,
+    model: torch.nn.Module | None = None,
+    share_prompt: bool = True,
+) -> Tensor:
+    """(B, T) float32 log-probabilities of the completion tokens under softmax(logits / temperature); 0 off the mask.
+
+    Differentiable with respect to the model's weights. `rows` picks rows of the rollout; `model` is another set of
+    weights (the frozen reference). See `token_logps_and_entropy`.
+    """
+    return token_logps_and_entropy(llm, rollout, temperature, rows, model, share_prompt)[0]
+
+
+def token_logps_and_entropy(
+    llm: LLM,
+    rollout: Rollout,
+    temperature: float = 1.0,
+    rows: list[int] | None = None,
+    model: torch.nn.Module | None = None,
+    share_prompt: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and the policy's entropy, both (B, T) float32, 0 off the completion mask.
+
+    Each prompt, pictures included, is computed once and its keys and values are shared by all of its rows; gradients
+    flow back through them. With `share_prompt=False` every row carries a copy of its prompt: slower and equal, for
+    gradient checkpointing, which recomputes layers and cannot keep a cache. The entropy carries no gradient.
+    """
+    model = llm.model if model is None else model
+    rows = list(range(len(rollout.completion_ids))) if rows is None else list(rows)
+    mask = rollout.completion_mask[rows]  # (B, T)
+    length = int(mask.sum(1).max()) if rows else 0
+    full_length, mask = mask.shape[1], mask[:, :length]
+    ids = rollout.completion_ids[rows][:, :length]  # (B, T)
+    hidden_of = hidden_states if share_prompt else hidden_states_unshared
+    hidden = hidden_of(model, rollout.prompts, [rollout.prompt_of_row[i] for i in rows], ids, mask)  # (B, T, H)
+    weight = model.get_output_embeddings().weight  # (V, H)
+    logps, entropy = ChunkedLogps.apply(hidden[mask], weight, ids[mask], temperature, llm.excluded_mask())  # (N,), (N,)
+    padded = F.pad(mask, (0, full_length - length))  # (B, T)
+    zeros = torch.zeros(padded.shape, device=padded.device, dtype=logps.dtype)
+    return zeros.masked_scatter(padded, logps), zeros.masked_scatter(padded, entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hidden states: the prompts once, then the completions
+
+
+def hidden_states(model, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, H): at t the state that predicts completion token t. One pass over prompts, one over completions."""
+    used = sorted(set(prompt_of_row))
+    prompts = prompts.select(used)
+    index = torch.tensor([used.index(prompt) for prompt in prompt_of_row], device=ids.device)  # (B,)
+    prompt_hidden, cache = forward_prompts(model, prompts)  # (Q, P, H); left-padded, so column -1 is the last token
+    first = prompt_hidden[:, -1].index_select(0, index).unsqueeze(1)  # (B, 1, H) predicts token 0
+    if ids.shape[1] == 1:
+        return first
+    rest = forward_completions(model, prompts, cache, index, ids[:, :-1], mask[:, :-1])  # (B, T - 1, H)
+    return torch.cat([first, rest], 1)
+
+
+def hidden_states_unshared(model, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
+    """The same states in one pass over (B, P + T), each row with a copy of its prompt."""
+    prompts = prompts.select(prompt_of_row)
+    index = torch.arange(len(prompt_of_row), device=ids.device)
+    length = prompts.ids.shape[1]
+    joined = Prompts(
+        torch.cat([prompts.ids, ids], 1),
+        torch.cat([prompts.mask, mask], 1),
+        torch.cat([prompts.positions, completion_positions(prompts, index, ids.shape[1])], -1),
+        prompts.vision,
+    )
+    hidden, _ = forward_prompts(model, joined, use_cache=False)  # (B, P + T, H)
+    return hidden[:, length - 1 : -1]
+
+
+def forward_prompts(model, prompts: Prompts, use_cache: bool = True):
+    """One pass over the prompts, pictures included -> (hidden states (Q, P, H), key-value cache or None)."""
+    vision = [one for one in prompts.vision if one]
+    if use_cache and not vision and uses_fast_layers(model):
+        length = prompts.ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=prompts.ids.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=prompts.ids.device)  # padding sees itself, or it is NaN
+        visible = prompts.mask[:, None] & causal | itself  # (Q, P, P)
+        return layers.forward(model, prompts.ids, prompts.positions, attention_bias(visible, model))
+    pictures = {name: torch.cat([one[name] for one in vision]) for name in vision[0]} if vision else {}
+    output = model.base_model(
+        input_ids=prompts.ids,
+        attention_mask=prompts.mask.long(),
+        position_ids=prompts.positions,
+        past_key_values=DynamicCache(config=model.config.get_text_config()) if use_cache else None,
+        use_cache=use_cache,
+        **pictures,
+    )
+    return output.last_hidden_state, output.past_key_values
+
+
+def forward_completions(model, prompts: Prompts, cache, index: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, H) hidden states of completion tokens. Row i sees the keys and values of prompt index[i]; gradients add up
+    over the rows of a group."""
+    positions = completion_positions(prompts, index, ids.shape[1])
+    if uses_fast_layers(model):
+        past = [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in keys_and_values(cache)]
+        visible = prompts.mask[index, None].expand(-1, ids.shape[1], -1)  # (B, T, P)
+        earlier = torch.ones_like(ids[0], dtype=torch.bool).expand(len(ids), ids.shape[1], -1).tril()  # (B, T, T)
+        bias = attention_bias(torch.cat([visible, earlier], 2), model)  # (B, 1, T, P + T)
+        return layers.forward(model, ids, positions, bias, past)[0]
+    cache.batch_select_indices(index)
+    return model.base_model(
+        input_ids=ids,
+        attention_mask=torch.cat([prompts.mask[index], mask], 1).long(),  # (B, P + T)
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def uses_fast_layers(model) -> bool:
+    """Whether the loss runs layers.py: on a CPU, where it is faster. A GPU gains less, and transformers has the
+    attention kernels that were asked for."""
+    return model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and layers.has_fast_layers(model)
+
+
+def keys_and_values(cache) -> list[tuple[Tensor, Tensor]]:
+    """Each layer's (Q, key heads, P, D), from layers.py's list or from transformers' cache."""
+    return cache if isinstance(cache, list) else [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def attention_bias(visible: Tensor, model) -> Tensor:
+    """Additive attention mask (B, 1, T, S) of visible (B, T, S): 0 where visible, −inf elsewhere."""
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)[:, None]
+
+
+def completion_positions(prompts: Prompts, index: Tensor, length: int) -> Tensor:
+    """(B, length), or (3, B, length): the positions after the prompt of each row."""
+    positions = prompts.next_positions()[index, None] + torch.arange(length, device=index.device)
+    return positions if prompts.positions.dim() == 2 else positions.expand(3, -1, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From hidden states to log-probabilities
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log softmax(h Wᵀ / temperature)[target] and its entropy for N tokens, a chunk of tokens at a time.
+
+    The backward pass computes each chunk's logits again, so that memory holds (chunk, V) and never (N, V).
+    With p = softmax: d logp / d logits = (onehot(target) − p) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, excluded: Tensor | None):
+        logps, entropy = hidden.new_empty(2, len(hidden), dtype=layers.wide(hidden.dtype))  # (N,), (N,)
+        for part in chunks(hidden, weight):
+            full = tempered_logits(hidden[part], weight, temperature, excluded).log_softmax(-1)  # (n, V)
+            logps[part] = full.gather(1, targets[part, None])[:, 0]
+            p = full.exp()
+            if excluded is not None:
+                full.masked_fill_(excluded, 0.0)  # p · log p is 0 · −inf there, and counts as 0
+            entropy[part] = -torch.linalg.vecdot(p, full)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.excluded = temperature, excluded
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps: Tensor, _grad_entropy: Tensor):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Summed over chunks in float32 at least: bfloat16 would round many small contributions away.
+        grad_weight = torch.zeros_like(weight, dtype=layers.wide(weight.dtype)) if ctx.needs_input_grad[1] else None
+        for part in chunks(hidden, weight):
+            p = tempered_logits(hidden[part], weight, ctx.temperature, ctx.excluded).softmax(-1)  # (n, V)
+            p.scatter_add_(1, targets[part, None], -torch.ones_like(p[:, :1]))  # p − onehot, before any rounding
+            p = p.to(hidden.dtype)
+            scale = -grad_logps[part, None] / ctx.temperature  # (n, 1)
+            if grad_hidden is not None:
+                grad_hidden[part] = (p @ weight) * scale
+            if grad_weight is not None:
+                scaled = (hidden[part] * scale).to(hidden.dtype)  # (n, H)
+                if p.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(p.T, scaled)  # without a second tensor of the weight's size
+                else:
+                    grad_weight += p.T @ scaled
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def tempered_logits(hidden: Tensor, weight: Tensor, temperature: float, excluded: Tensor | None) -> Tensor:
+    """(n, V) logits / temperature in float32 (float64 stays), −inf on excluded tokens."""
+    logits = (hidden @ weight.T).to(layers.wide(hidden.dtype))
+    if temperature != 1:
+        logits.div_(temperature)
+    return logits if excluded is None else logits.masked_fill_(excluded, -torch.inf)
+
+
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the N tokens. On a CPU they are so small that each chunk reuses the memory of the one before."""
+    at_once = KEPT_BYTES if hidden.device.type == "cpu" else LOGIT_CHUNK_BYTES
+    size = min(512, max(1, at_once // (4 * weight.shape[0])))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]

@@ -1,0 +1,103 @@
+"""How do bfloat16 weights learn? AdamW over float32 master copies, with the learning-rate schedule and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config
+
+
+class MasterAdamW:
+    """AdamW that updates float32 copies of half-precision weights.
+
+    AdamW at 1e-6 moves a weight of 0.02 by about 1e-6, which bfloat16 would round to nothing. Gradients of
+    micro-batches are also added up in float32, each parameter's as soon as it is complete. The copies of float32
+    weights are the weights themselves.
+
+    Attributes:
+        total_steps: the length of the learning-rate schedule; a resumed run keeps that of its checkpoint.
+        skipped_steps: steps in a row that were skipped because the loss or its gradient was not finite.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Config):
+        self.config, self.total_steps = config, config.max_steps or 0
+        self.steps = self.skipped_steps = 0
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters = self.parameters
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
+            self.masters = [p.detach().float() for p in self.parameters]
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.register_post_accumulate_grad_hook(add_gradient_to(master))
+        self.adamw = torch.optim.AdamW(
+            self.masters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=self.masters[0].device.type in ("cpu", "cuda"),
+        )
+
+    def step(self, loss: Tensor) -> dict[str, float]:
+        """Clip the gradient, update the weights, clear the gradient. A loss or gradient that is not finite skips the
+        update. Returns the record's columns: the gradient's norm before clipping, the learning rate, skipped steps."""
+        self.steps += 1
+        rate = learning_rate(self.steps, self.total_steps, self.config)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or math.inf))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            self.adamw.step()
+            self.copy_to_model()
+        self.adamw.zero_grad(set_to_none=True)
+        self.skipped_steps = 0 if finite else self.skipped_steps + 1
+        return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": self.skipped_steps}
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        if self.masters is not self.parameters:
+            torch._foreach_copy_(self.parameters, self.masters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "adamw": self.adamw.state_dict(),
+            "masters": None if self.masters is self.parameters else self.masters,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the model's weights were loaded with the model."""
+        self.adamw.load_state_dict(state["adamw"])
+        for master, saved in zip(self.masters, state["masters"] or (), strict=state["masters"] is not None):
+            master.copy_(saved)
+        self.steps, self.total_steps = state["steps"], state["total_steps"]
+        self.skipped_steps = state["skipped_steps"]
+
+
+def add_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that moves a parameter's gradient to its float32 copy and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None  # the hook runs when the gradient is complete
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return add
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """The rate of step 1 … total_steps: linear warm-up, then constant, or linear or cosine decay to 0."""
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    if step <= warmup_steps:
+        return config.learning_rate * step / warmup_steps
+    done = min(1.0, (step - warmup_steps - 1) / max(1, total_steps - warmup_steps))
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * factor[config.lr_scheduler_type]

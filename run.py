@@ -1,0 +1,375 @@
+"""What does a run keep, and when? `Run` joins the folder on disk, the clock, resuming, and stopping.
+
+Errors that reach `exit_status` become one line on stderr: what, why, what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from config import Config
+from evaluator import RewardError, RewardEvaluator
+from llms import LLM, plain_text
+from progress import PYTHON, Progress, setup_lines, summary_lines
+from run_folder import RunFolder, RunFolderError, hardware_and_versions, read_records
+
+if TYPE_CHECKING:
+    from main import Batch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+# Flags that change no number, which a resumed run may give anew.
+MAY_CHANGE = {
+    *("max_steps", "eval_steps", "save_steps", "save_total_limit", "max_minutes", "log_completions_steps"),
+    *("log_completions_groups", "resume", "overwrite_output_dir", "output_dir", "eval_only"),
+}
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Run:
+    """One run, from opening its folder to its last words. Use it in a `with` block, which closes the folder.
+
+    Creating it refuses an output folder that cannot be used, before anything slow; nothing is written yet.
+
+    Attributes:
+        checkpoint: the checkpoint to resume from; None for a run that starts at step 0.
+        step: optimizer steps logged so far.
+        evals: the metrics of each evaluation, by step.
+        best_step: the step of the best evaluation, whose checkpoint is kept.
+
+    Raises:
+        RunFolderError: the folder is in use, holds a run, cannot be written, or has no run to resume.
+    """
+
+    def __init__(self, config: Config, evaluator: RewardEvaluator):
+        self.config, self.evaluator = config, evaluator
+        self.folder = RunFolder(str(config.output_dir))
+        self.checkpoint: Path | None = None
+        self.step = self.best_step = 0
+        self.best_score: float | None = None
+        self.evals: dict[int, dict] = {}
+        self.parts: dict[str, Stateful] = {}
+        self.signal: int | None = None
+        self.deadline = math.inf
+        self.progress: Progress | None = None
+        self.phases: Counter[str] = Counter()  # seconds of this step by phase
+        self.step_began: float | None = None
+        if not config.resume:
+            self.folder.check_new(config.overwrite_output_dir)
+            return
+        self.checkpoint = self.folder.open_resume(None if config.resume == "newest" else config.resume)
+        if self.checkpoint is None:
+            refuse_if_checkpoints_are_gone(self.folder)
+            print(f"the run in {self.folder.path} stopped before its first checkpoint: it starts again from step 0")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.progress:
+            self.progress.close()
+        self.folder.__exit__(*error)
+
+    # --- opening and resuming ---
+
+    def open(self, config: Config, llm: LLM, num_train: int, num_test: int) -> None:
+        """Open the folder of a new run, or check that a resumed one has the flags it began with. `config` has the
+        number of steps by now."""
+        self.config, self.llm = config, llm
+        description = describe_run(config, llm, self.evaluator)
+        self.saved = self.folder.load_trainer_state(self.checkpoint) if self.checkpoint else None
+        if config.resume:
+            refuse_other_flags(self.folder.read_config(), description)
+        else:
+            self.folder.open_new(config.overwrite_output_dir, checkpoint_bytes(llm), description)
+        print(setup_lines(config, llm, num_train, num_test), flush=True)
+        if config.resume and not config.eval_only:
+            self.folder.truncate_after(self.saved["run"]["step"] if self.saved else -1)
+            self.folder.write_config(description)
+
+    def start(self, **parts: Stateful | None) -> int:
+        """Name the parts that a checkpoint holds, restore them on resuming, and listen for signals from now on.
+        Returns the number of steps done."""
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        if self.saved:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.saved[name])
+            state = self.saved["run"]
+            self.step, self.evals = state["step"], state["evals"]
+            self.best_step, self.best_score = state["best_step"], state["best_score"]
+            self.saved = None  # its tensors were copied
+        self.progress = Progress(self.config, self.evaluator.headline, self.step)
+        if self.config.max_minutes:
+            self.deadline = time.monotonic() + 60 * self.config.max_minutes
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.request_stop)
+        return self.step
+
+    def save(self) -> None:
+        """Write a checkpoint: the model, the parts, and where the run is."""
+        state = {"step": self.step, "evals": self.evals, "best_step": self.best_step, "best_score": self.best_score}
+        trainer = {"run": state} | {name: part.state_dict() for name, part in self.parts.items()}
+        self.folder.save_checkpoint(self.step, self.llm.save, trainer, self.config.save_total_limit, self.best_step)
+
+    # --- stopping ---
+
+    def request_stop(self, number: int, _frame: Any) -> None:
+        """Handle a signal: stop after this step. A second signal has its usual effect."""
+        self.signal = number
+        text = "stopping after this step and saving a checkpoint; press Ctrl-C again to stop now"
+        print(f"\n{text}", file=sys.stderr, flush=True)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    def should_stop(self) -> bool:
+        """After SIGINT or SIGTERM, or when --max_minutes have passed."""
+        return self.signal is not None or time.monotonic() >= self.deadline
+
+    def finish(self) -> int:
+        """Print what changed, or how to resume. Returns the exit status."""
+        if self.step < (self.config.max_steps or 0):
+            print(
+                f"stopped at step {self.step} of {self.config.max_steps}; resume with:  {resume_command(self.config)}"
+            )
+            return 128 + self.signal if self.signal else 0
+        seconds = self.progress.seconds if self.progress else []
+        newest = self.folder.newest_checkpoint()
+        print(summary_lines(self.config, self.evaluator.headline, self.evals, seconds, newest))
+        return 0
+
+    def finish_evaluation(self, metrics: dict[str, Any], groups: list[dict]) -> int:
+        """Print the metrics of --eval_only; also write them, unless this evaluates an existing run."""
+        if not self.config.resume:
+            self.folder.log_eval(0, metrics, groups)
+        for name, value in metrics.items():
+            print(f"{name:32} {value:.6g}")
+        return 0
+
+    # --- logging ---
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time of the block towards `seconds/<phase>` of the step, which begins with its first block."""
+        start = time.perf_counter()
+        if self.step_began is None:
+            self.step_began = start
+        try:
+            yield
+        finally:
+            self.phases[phase] += time.perf_counter() - start
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Append a record, with the times of its phases, to train_logs.json.
+
+        Raises:
+            FloatingPointError: --max_skipped_steps steps in a row had no finite loss and gradient.
+        """
+        total = time.perf_counter() - (self.step_began or time.perf_counter())
+        seconds = {f"seconds/{phase}": self.phases[phase] for phase in ("rollout", "reward", "loss")}
+        tokens = record["tokens"] + record.get("resampled_tokens", 0)
+        record |= {"tokens_per_second": tokens / total, **seconds, "seconds/total": total}
+        record["peak_memory_gb"] = peak_memory_gb(self.llm.device)
+        self.phases.clear()
+        self.step_began = None
+        self.step = record["step"]
+        self.folder.log_step(record)
+        if self.progress:
+            self.progress.step(record)
+        if record["skipped_steps"] >= self.config.max_skipped_steps:
+            raise FloatingPointError(
+                f"the loss or its gradient was not finite in {record['skipped_steps']} steps in a row, so the run "
+                "stopped with the weights from before them: lower --learning_rate, or use --dtype float32"
+            )
+
+    def log_samples(self, groups: list[dict]) -> None:
+        self.folder.log_samples(self.step, groups)
+
+    def log_eval(self, metrics: dict[str, Any], groups: list[dict]) -> None:
+        """Write an evaluation, and remember whether it is the best so far."""
+        self.folder.log_eval(self.step, metrics, groups)
+        self.evals[self.step] = metrics
+        headline = self.evaluator.headline
+        score = metrics[headline.metric] * (-1 if headline.lower_is_better else 1)
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.best_step = score, self.step
+        if self.progress:
+            self.progress.evaluation(self.step, metrics)
+
+
+def due(every: int, step: int, previous: int) -> bool:
+    """Is a multiple of `every` in (previous, step]? Never for 0."""
+    return every > 0 and step // every > previous // every
+
+
+def readable_groups(
+    evaluator: RewardEvaluator,
+    batch: Batch,
+    scores: Sequence[float] | None = None,
+    advantages: Sequence[float] | None = None,
+    count: int | None = None,
+) -> list[dict]:
+    """The first `count` groups of a batch as the run folder keeps them for reading.
+
+    Args:
+        scores: B totals; None: the sums of the reward components. advantages: B; None in evaluations.
+    """
+    rollout, G = batch.rollout, batch.rollout.num_generations
+    scores = batch.rewards.sum(1).tolist() if scores is None else scores
+    lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
+
+    def readable_completion(row: int) -> dict:
+        return {
+            "text": rollout.texts[row],
+            "rewards": dict(zip(evaluator.reward_names, batch.rewards[row].tolist(), strict=True)),
+            "reward": scores[row],
+            "advantage": None if advantages is None else advantages[row],
+            "length": lengths[row],
+            "truncated": not finished[row],
+            "prediction": evaluator.predict(rollout.texts[row]),
+        }
+
+    return [
+        {
+            "id": example.id,
+            "prompt": "\n\n".join(plain_text(message["content"]) for message in example.messages),
+            "image_data": example.images[0] if example.images else None,
+            "answer": example.answer,
+            "completions": [readable_completion(row) for row in range(q * G, (q + 1) * G)],
+        }
+        for q, example in enumerate(batch.examples[:count])
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is checked before a run starts or resumes
+
+
+def refuse_if_checkpoints_are_gone(folder: RunFolder) -> None:
+    """Without a checkpoint a run restarts from step 0; refuse if its log is so long that checkpoints must have been
+    deleted."""
+    flags, logged = folder.read_config()["flags"], len(read_records(folder.log_path))
+    first_save = flags["save_steps"] + flags["num_iterations"] + flags["max_skipped_steps"]  # at the latest
+    if flags["save_steps"] and logged >= first_save:
+        raise RunFolderError(
+            f"{folder.path} has logged {logged} steps and its checkpoints are gone: bring them back, or start again "
+            "with --overwrite_output_dir"
+        )
+
+
+def refuse_other_flags(began: dict, now: dict) -> None:
+    """Refuse, by name, a flag that would change what a resumed run computes."""
+    for name, value in now["flags"].items():
+        before = began["flags"].get(name)
+        if name not in MAY_CHANGE and before != value:
+            raise RunFolderError(
+                f"--{name} was {before} when the run began and is {value} now: resume with the same flags"
+            )
+
+
+def describe_run(config: Config, llm: LLM, evaluator: RewardEvaluator) -> dict:
+    """Contents of config.json: the flags, the values they resolved to, versions and hardware."""
+    return {
+        "command": shlex.join(["python", "main.py", *config.argv]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "flags": config.flags(),
+        "resolved": {
+            "device": str(llm.device),
+            "dtype": str(llm.dtype).removeprefix("torch."),
+            "attn_implementation": llm.attn_implementation,
+            "parameters": llm.num_parameters,
+        },
+        **hardware_and_versions(str(llm.device)),
+        "task": {
+            "name": config.dataset_name,
+            "modality": "vision" if llm.is_vision else "text",
+            "reward_names": list(evaluator.reward_names),
+            "headline": dataclasses.asdict(evaluator.headline),
+            "best_constant": evaluator.best_constant,
+        },
+    }
+
+
+def checkpoint_bytes(llm: LLM) -> int:
+    """Disk space for one checkpoint: the weights, AdamW's two moments, and float32 copies of half-precision weights."""
+    size = llm.dtype.itemsize
+    return 16 * 2**20 + llm.num_parameters * (size + 8 + (4 if size == 2 else 0))
+
+
+def resume_command(config: Config) -> str:
+    """The command that resumes this run: its arguments with --resume, without a named checkpoint."""
+    kept, skip = [], False
+    for text in config.argv:
+        if skip and not text.startswith("--"):
+            skip = False
+            continue
+        skip = text == "--resume"
+        if text not in ("--resume", "--overwrite_output_dir") and not text.startswith("--resume="):
+            kept.append(text)
+    return f"{PYTHON} {shlex.join(['main.py', *kept, '--resume'])}"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory used so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def exit_status(work: Callable[[Config], int], config: Config) -> int:
+    """The status of `work(config)`; an error becomes one line on stderr and status 2. GRPO_TRACEBACK=1 shows the rest."""
+    try:
+        return work(config)
+    except KeyboardInterrupt:  # before or after training; during training Run handles the signal
+        print("main.py: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if os.environ.get("GRPO_TRACEBACK"):
+            raise
+        # The message may quote what a model wrote, which must not control the terminal.
+        text = "".join(c if c.isprintable() else "�" for c in " ".join(explain(error, config).split()))
+        print(f"main.py: {text}", file=sys.stderr)
+        return 2
+
+
+def explain(error: Exception, config: Config) -> str:
+    """What went wrong, why, and what to do."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+        return (
+            f"{where} is out of memory: lower --micro_batch_tokens (now {config.micro_batch_tokens}), add "
+            "--gradient_checkpointing, or lower --num_generations, --prompts_per_step or --max_completion_length "
+            f"({(str(error).splitlines() or [''])[0]})"
+        )
+    if isinstance(error, ValueError | OSError | FloatingPointError | RewardError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (an error that was not expected; GRPO_TRACEBACK=1 shows where)"
