@@ -1,10 +1,12 @@
-"""Word problems in the form of GSM8K: a source of randomness in, a question and its worked answer out.
+"""Word problems in the format of GSM8K: a question and a worked answer.
 
-Somebody has some things, and then something happens to them one to three times, each time an operation on how many
-there are. No result is below 1 and divisions come out even. `python arithmetic_generator.py` prints a few.
+A person has a number of things, and one to three events change it, each by one operation. Every intermediate result is
+at least 1 and every division is exact. `python arithmetic_generator.py` prints three problems.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,7 +29,7 @@ NAMES = (
 )
 THINGS = ("apples", "books", "buttons", "cards", "coins", "eggs", "marbles", "pens", "shells", "stamps")
 OPENING = "{name} has {n} {things}."
-EVENTS = {  # how each operation is told, n being the operand
+EVENTS = {  # sentences for each operation; n is the operand
     "+": ("{name} buys {n} more {things}.", "A friend gives {name} {n} {things}.", "{name} finds {n} {things}."),
     "-": ("{name} gives away {n} {things}.", "{name} loses {n} {things}.", "{name} sells {n} {things}."),
     "*": ("Soon {name} has {n} times as many {things}.", "The pile of {things} grows to {n} times its size."),
@@ -37,29 +39,31 @@ EVENTS = {  # how each operation is told, n being the operand
     ),
 }
 CLOSING = "How many {things} does {name} have now?"
-FACTORS = range(2, 6)  # what is multiplied with and divided by
+FACTORS = range(2, 6)  # operands of multiplications and divisions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Calculation:
-    """A number to start from, and the steps from there."""
+    """A start value and the operations that are applied to it in order, from left to right."""
 
     start: int
-    steps: tuple[tuple[str, int], ...]  # an operator of + - * / and its operand
+    steps: tuple[tuple[str, int], ...]  # an operator, one of + - * /, and its operand
 
     def __str__(self) -> str:
         return " ".join([str(self.start), *(f"{operator} {n}" for operator, n in self.steps)])
 
 
 class ArithmeticGenerator:
-    """Makes problems of one difficulty.
+    """Generates problems of one difficulty.
 
     Args:
-        steps: how many operations a problem takes, 1 to 3, or "mixed".
-        max_number: the largest number that occurs, results included.
+        steps: number of operations in a problem, 1 to 3, or "mixed": drawn for each problem.
+        max_number: largest number in a problem, results included.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: an argument has the wrong type or is out of range; the message names it.
     """
 
     def __init__(self, steps: int | str = 2, max_number: int = 30):
@@ -71,7 +75,7 @@ class ArithmeticGenerator:
         self.max_number = max_number
 
     def calculation(self, rng: np.random.Generator) -> Calculation:
-        """What is to be calculated, as yet without a story."""
+        """A random calculation whose results stay from 1 to `max_number`."""
         start = total = int(rng.integers(2, self.max_number + 1))
         steps = []
         for _ in range(int(rng.integers(1, 4)) if self.steps == "mixed" else self.steps):
@@ -83,7 +87,11 @@ class ArithmeticGenerator:
         return Calculation(start, tuple(steps))
 
     def tell(self, calculation: Calculation, rng: np.random.Generator) -> dict[str, str]:
-        """A story about a calculation: {"question": ..., "answer": the steps, then `#### ` and the result}."""
+        """A word problem for a calculation, with random names and wordings, in the format of a GSM8K row.
+
+        Returns: {"question": the story, "answer": a line per step with GSM8K's calculator notes, then `#### ` and the
+            result}.
+        """
         name, things = _pick(NAMES, rng), _pick(THINGS, rng)
         story, working = [OPENING.format(name=name, n=calculation.start, things=things)], []
         total = calculation.start
@@ -95,7 +103,7 @@ class ArithmeticGenerator:
         return {"question": " ".join(story), "answer": "\n".join([*working, f"#### {total}"])}
 
     def _operands(self, total: int) -> dict[str, range | list[int]]:
-        """The operands that each operator may take so that the result stays from 1 to `max_number`."""
+        """For each operator the operands that keep the result from 1 to `max_number`."""
         return {
             "+": range(2, self.max_number - total + 1),
             "-": range(2, total),
@@ -105,16 +113,17 @@ class ArithmeticGenerator:
 
 
 def apply(operator: str, a: int, b: int) -> int:
-    """The result of one step."""
+    """The result of one operation; `operator` is one of + - * /, and a division is exact."""
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
 
 
-def _pick(choices, rng: np.random.Generator):
+def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
+    """A random element, uniformly."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def main() -> None:
-    """Print a problem of each number of steps."""
+    """Print a problem with one, two and three steps."""
     rng = np.random.default_rng(0)
     for steps in (1, 2, 3):
         generator = ArithmeticGenerator(steps)

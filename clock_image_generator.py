@@ -1,8 +1,8 @@
-"""Pictures of analogue clocks: a time in, an RGB picture out.
+"""Pictures of analogue clocks: from a time to an RGB picture.
 
-Hands move as on a real clock: the hour hand creeps on with the minutes, the minute hand with the seconds. A picture is
-drawn enlarged and then shrunk, which smooths every edge, and nothing in it is random: the same time, style and size
-give the same bytes. `python clock_image_generator.py` draws the example sheet `plots/temp_clock.png`.
+All hands move continuously: the hour hand advances with every minute and second, the minute hand with every second. A
+picture is drawn larger and averaged down, for smooth edges. Nothing is random: the same time, style and size give the
+same bytes. `python clock_image_generator.py` draws the example sheet `plots/temp_clock.png`.
 """
 
 import math
@@ -11,28 +11,29 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-ENLARGED = 4  # how many times larger a picture is drawn than it will be: shrinking smooths the edges
-MIN_SIZE, MAX_SIZE = 16, 1024  # pixels: below the hands merge, above a picture costs too much
+SUPERSAMPLING = 4  # a picture is drawn this many times larger, then averaged down
+MIN_SIZE, MAX_SIZE = 16, 1024  # pixels: in smaller pictures the hands merge, larger ones are slow to draw
 
 
 @dataclass(frozen=True)
 class Hand:
-    """One hand; lengths are shares of the dial's radius."""
+    """A hand. Length, width and tail are fractions of the dial's radius."""
 
     length: float
     width: float
     colour: str
-    tail: float = 0.0  # how far it reaches behind the centre
+    tail: float = 0.0  # how far the hand extends behind the centre
 
 
 @dataclass(frozen=True)
 class Style:
-    """The look of a clock. Hands are drawn hour, minute, second, so the thinner one lies on top and hides little."""
+    """The appearance of a clock. Hands are drawn in the order hour, minute, second: thin hands cover little of the
+    thick ones below."""
 
     hour: Hand
     minute: Hand
     second: Hand
-    hub: float = 0.05  # radius of the disc that the hands turn on
+    hub: float = 0.05  # radius of the disc at the centre
     minute_ticks: bool = False
     numerals: bool = False
 
@@ -54,24 +55,24 @@ THIN_COLOURS = {
 }
 
 STYLES = {
-    "classic": Style(**THIN_BLACK, minute_ticks=True),  # thin black hands that differ in length only
-    "numerals": Style(**THIN_BLACK, minute_ticks=True, numerals=True),  # the same with 1 to 12 on the dial
-    "bold": Style(**BOLD_COLOURS, hub=0.14),  # thick hands, a colour each: legible at 56 pixels
-    "thin": Style(**THIN_COLOURS),  # bold's dial and colours with thin hands: what carries over from bold?
+    "classic": Style(**THIN_BLACK, minute_ticks=True),  # thin black hands, distinguished by length
+    "numerals": Style(**THIN_BLACK, minute_ticks=True, numerals=True),  # classic, with the numbers 1 to 12
+    "bold": Style(**BOLD_COLOURS, hub=0.14),  # thick hands, each in its colour: legible at 56 pixels
+    "thin": Style(**THIN_COLOURS),  # the colours of bold with thin hands, to test generalization
 }
 
 
 class ClockImageGenerator:
-    """Draws clocks of one look.
+    """Draws clocks of one style.
 
     Args:
         size: width and height of the picture in pixels.
         style: a name in `STYLES`.
-        rotation: by how many degrees the whole dial is turned clockwise; a triangle always marks 12 o'clock.
+        rotation: clockwise rotation of the whole dial in degrees; a triangle marks 12 o'clock.
         second_hand: whether the second hand is drawn.
 
     Raises:
-        ValueError: for an unknown style, or a size or rotation that makes no picture.
+        ValueError: an argument has the wrong type or is out of range; the message names it.
     """
 
     def __init__(self, size: int = 224, style: str = "classic", rotation: float = 0.0, second_hand: bool = True):
@@ -87,38 +88,39 @@ class ClockImageGenerator:
         self.style = STYLES[style]
         self.rotation = rotation
         self.second_hand = second_hand
-        self._centre = size * ENLARGED / 2
+        self._centre = size * SUPERSAMPLING / 2
         self._radius = 0.96 * self._centre
-        self._dial = self._draw_dial()  # the same in every picture, so drawn once
+        self._dial = self._draw_dial()  # the same in every picture
 
     def generate(self, hour: int, minute: int, second: int) -> Image.Image:
-        """The clock at `hour` (0 to 23), `minute` and `second` (0 to 59), an RGB picture of size x size pixels.
+        """An RGB picture, size x size pixels, of the clock at `hour` (0 to 23), `minute` and `second` (0 to 59).
 
         Raises:
-            ValueError: for a time that does not exist.
+            ValueError: the time does not exist.
         """
         if not (0 <= hour <= 23 and 0 <= minute <= 59 and 0 <= second <= 59):
             raise ValueError(f"no such time: {hour}:{minute}:{second}")
         seconds = (hour % 12) * 3600 + minute * 60 + second
         picture = self._dial.copy()
         draw = ImageDraw.Draw(picture)
-        self._draw_hand(draw, self.style.hour, turn=seconds / 43200)
+        self._draw_hand(draw, self.style.hour, turn=seconds / 43_200)  # 12 hours
         self._draw_hand(draw, self.style.minute, turn=seconds % 3600 / 3600)
         if self.second_hand:
             self._draw_hand(draw, self.style.second, turn=seconds % 60 / 60)
         self._draw_disc(draw, self.style.hub, "black")
-        return picture.reduce(ENLARGED)
+        return picture.reduce(SUPERSAMPLING)
 
     def _point(self, turn: float, distance: float, sideways: float = 0.0) -> tuple[float, float]:
-        """A place on the enlarged picture: `turn` of a full circle clockwise from 12 o'clock, `distance` radii out."""
+        """Pixel coordinates (x, y) before averaging. `turn` is the angle clockwise from 12 o'clock in full turns;
+        `distance` from the centre and `sideways`, at right angles to it, are in radii."""
         angle = 2 * math.pi * (turn + self.rotation / 360)
         x = distance * math.sin(angle) + sideways * math.cos(angle)
         y = -distance * math.cos(angle) + sideways * math.sin(angle)
         return self._centre + self._radius * x, self._centre + self._radius * y
 
     def _draw_disc(self, draw: ImageDraw.ImageDraw, radius: float, fill: str, outline: str | None = None) -> None:
-        reach = radius * self._radius
-        box = [self._centre - reach] * 2 + [self._centre + reach] * 2
+        pixels = radius * self._radius
+        box = [self._centre - pixels] * 2 + [self._centre + pixels] * 2
         draw.ellipse(box, fill=fill, outline=outline, width=max(1, round(0.02 * self._radius)))
 
     def _draw_hand(self, draw: ImageDraw.ImageDraw, hand: Hand, turn: float) -> None:
@@ -127,7 +129,7 @@ class ClockImageGenerator:
         draw.polygon([self._point(turn, out, sideways) for out, sideways in corners], fill=hand.colour)
 
     def _draw_dial(self) -> Image.Image:
-        side = self.size * ENLARGED
+        side = self.size * SUPERSAMPLING
         picture = Image.new("RGB", (side, side), "white")
         draw = ImageDraw.Draw(picture)
         self._draw_disc(draw, 1.0, "white", outline="black")
@@ -144,16 +146,16 @@ class ClockImageGenerator:
 
 
 def main() -> None:
-    """Draw the example sheet: a column for each style, for a rotated dial and for one without second hand."""
-    looks = [{"style": style} for style in STYLES] + [
+    """Draw the example sheet: one column for each style, one with a rotated dial, one without second hand."""
+    variants = [{"style": style} for style in STYLES] + [
         {"style": "bold", "rotation": 30},
         {"style": "classic", "second_hand": False},
     ]
     times = [(10, 8, 37), (3, 0, 15), (7, 45, 52)]
     size = 224
-    sheet = Image.new("RGB", (size * len(looks), size * len(times)), "white")
-    for column, look in enumerate(looks):
-        generator = ClockImageGenerator(size, **look)
+    sheet = Image.new("RGB", (size * len(variants), size * len(times)), "white")
+    for column, options in enumerate(variants):
+        generator = ClockImageGenerator(size, **options)
         for row, time in enumerate(times):
             sheet.paste(generator.generate(*time), (column * size, row * size))
     path = Path(__file__).parent / "plots" / "temp_clock.png"

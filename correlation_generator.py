@@ -1,8 +1,8 @@
-"""Scatter plots whose drawn points have exactly the correlation that was asked for.
+"""Scatter plots whose points have an exact sample correlation r.
 
-Points drawn from a population with correlation r have a sample correlation that misses r (with 75 points by 0.06 on
-average), which would be noise in the label of the picture. Here the sample itself is made to have r, by removing from
-the noise its mean and whatever of it correlates with x. `python correlation_generator.py` draws the example sheet
+Points sampled from a population with correlation r have a sample correlation that differs from r, by 0.06 on average
+for 75 points. That would be label noise. Here the noise is made orthogonal to x before the two are mixed, so that the
+sample correlation is r up to rounding. `python correlation_generator.py` draws the example sheet
 `plots/temp_correlation.png`.
 """
 
@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-ENLARGED = 4  # how many times larger a picture is drawn than it will be: shrinking smooths the edges
-MIN_SIZE, MAX_SIZE = 16, 1024  # pixels: below the dots merge, above a picture costs too much
-MAX_POINTS = 10_000  # beyond, a picture is one blot
-REACH = 3.0  # standard deviations from the centre to the frame; more when a point lies farther out
+SUPERSAMPLING = 4  # a picture is drawn this many times larger, then averaged down
+MIN_SIZE, MAX_SIZE = 16, 1024  # pixels: in smaller pictures the dots merge, larger ones are slow to draw
+MAX_POINTS = 10_000  # more points cover the picture
+AXIS_LIMIT = 3.0  # the axes span at least -3 to 3 standard deviations, and more if a point lies outside
 
 
 @dataclass(frozen=True)
 class Style:
-    """The look of a scatter plot; the dot's radius is a share of the picture's width."""
+    """The appearance of a scatter plot. The radius of a dot is a fraction of the picture's width."""
 
     dot: str
     radius: float
@@ -36,15 +36,15 @@ STYLES = {
 
 
 class CorrelationGenerator:
-    """Draws scatter plots of one look.
+    """Draws scatter plots of one style.
 
     Args:
         size: width and height of the picture in pixels.
-        num_points: how many points are drawn, at least 3 (two points always correlate fully).
+        num_points: number of points, at least 3 (the correlation of two points is always 1 or -1).
         style: a name in `STYLES`.
 
     Raises:
-        ValueError: for an unknown style, or a size or number of points that makes no picture.
+        ValueError: an argument has the wrong type or is out of range; the message names it.
     """
 
     def __init__(self, size: int = 224, num_points: int = 75, style: str = "classic"):
@@ -60,10 +60,10 @@ class CorrelationGenerator:
         self._background = self._draw_background()
 
     def points(self, r: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """x and y, (num_points,) each, of mean 0 and standard deviation 1, with sample correlation r to rounding.
+        """x and y, (num_points,) each, with mean 0, standard deviation 1 and sample correlation r, up to rounding.
 
         Raises:
-            ValueError: unless -1 <= r <= 1.
+            ValueError: r is not between -1 and 1.
         """
         if not -1 <= r <= 1:
             raise ValueError(f"a correlation lies between -1 and 1, not at {r}")
@@ -73,32 +73,37 @@ class CorrelationGenerator:
         return x, r * x + np.sqrt(1 - r * r) * noise
 
     def generate(self, r: float, rng: np.random.Generator) -> Image.Image:
-        """A scatter plot of points with sample correlation r, an RGB picture of size x size pixels."""
+        """A scatter plot of points with sample correlation r: an RGB picture of size x size pixels.
+
+        Raises:
+            ValueError: r is not between -1 and 1.
+        """
         return self.draw(*self.points(r, rng))
 
     def draw(self, x: np.ndarray, y: np.ndarray) -> Image.Image:
-        """The picture of points of mean 0, with one scale for both axes, on which no point falls outside."""
-        reach = max(REACH, np.abs(x).max(), np.abs(y).max())
-        side = self.size * ENLARGED
+        """The picture of points x and y, (N,) each, with mean 0. Both axes have the same limits, which include every
+        point."""
+        limit = max(AXIS_LIMIT, np.abs(x).max(), np.abs(y).max())
+        side = self.size * SUPERSAMPLING
         centre, radius = side / 2, self.style.radius * side
-        scale = (centre - 0.03 * side - radius) / reach  # pixels a standard deviation; dots stay inside the frame
+        scale = (centre - 0.03 * side - radius) / limit  # pixels per standard deviation; dots stay inside the frame
         picture = self._background.copy()
         draw = ImageDraw.Draw(picture)
         for column, row in zip((centre + scale * x).tolist(), (centre - scale * y).tolist(), strict=True):
             draw.ellipse((column - radius, row - radius, column + radius, row + radius), fill=self.style.dot)
-        return picture.reduce(ENLARGED)
+        return picture.reduce(SUPERSAMPLING)
 
     def _draw_background(self) -> Image.Image:
-        side = self.size * ENLARGED
+        side = self.size * SUPERSAMPLING
         picture = Image.new("RGB", (side, side), "white")
         draw = ImageDraw.Draw(picture)
         low, high = 0.02 * side, 0.98 * side
         if self.style.grid:
             for line in np.linspace(low, high, 7)[1:-1].tolist():
-                draw.line((line, low, line, high), fill="#dddddd", width=ENLARGED)
-                draw.line((low, line, high, line), fill="#dddddd", width=ENLARGED)
+                draw.line((line, low, line, high), fill="#dddddd", width=SUPERSAMPLING)
+                draw.line((low, line, high, line), fill="#dddddd", width=SUPERSAMPLING)
         if self.style.frame:
-            draw.rectangle((low, low, high, high), outline="black", width=ENLARGED)
+            draw.rectangle((low, low, high, high), outline="black", width=SUPERSAMPLING)
         return picture
 
 
@@ -109,7 +114,7 @@ def _standardized(values: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Draw the example sheet: a row for each style, a column for each r."""
+    """Draw the example sheet: one row per style, one column per r."""
     correlations, size = (-1.0, -0.7, -0.2, 0.0, 0.4, 0.9), 224
     sheet = Image.new("RGB", (size * len(correlations), size * len(STYLES)), "white")
     for row, style in enumerate(STYLES):
