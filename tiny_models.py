@@ -1,13 +1,18 @@
-"""`--model_path tiny`: small Qwen2 and Qwen2-VL models, made and taught a first rough reading on this machine.
+"""`--model_path tiny`: small Qwen2 and Qwen2-VL models, built and warmed up on this machine within minutes.
 
-GRPO improves what a model already does now and then; a model with random weights never writes an answer in the asked
-format, so there is nothing to reinforce. Each tiny model is therefore warmed up: it sees labelled examples of the
-training split, written in the asked format, but its labels are *wrong*: each is moved away from the truth at random, by
-as much as its recipe says. It learns the format and where to look, not the answer. What is learned from there is
-reinforcement learning's.
+GRPO reinforces what a model already does some of the time. A model with random weights never writes an answer in the
+asked format, so all of its rewards are equal and there is no gradient. Each tiny model is therefore warmed up by
+supervised learning: it is shown examples of the training split with *noisy* labels in the asked format; the task's
+recipe says how noisy. It learns the format and where to look, but not the answer. Everything after the warm-up is
+learned by GRPO.
 
-A tiny model is a folder in `save_pretrained` form with its own tokenizer, trained on the task's texts; transformers
-loads it like any model from the hub. It is kept in a cache under a name that hashes everything that made it.
+A tiny model is a folder in `save_pretrained` format with a tokenizer trained on the task's texts; transformers loads it
+like any model from the hub. It is cached under a name that hashes everything that determines it: code, recipe, data and
+library versions.
+
+Adding a tiny model for a task is one entry in `RECIPES`; a task works without one.
+
+Letters in the shape comments: B completions (rows), T completion tokens (right-padded).
 """
 
 from __future__ import annotations
@@ -21,119 +26,72 @@ import math
 import os
 import random
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rldatasets import DATASETS, Dataset, get_dataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    from llms import LLM
+    from rollout import Rollout
+
+# torch, transformers and the files that need them are imported inside functions: config.py imports this file to read
+# the recipes' default flags, and `main.py --help` must answer at once.
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a tiny run of a task uses where the command line says nothing. Keys are the names of main.py's flags.
+# Label noise. Each function maps the correct reasoning and answer of an example, and a source of randomness, to the
+# reasoning and answer that the model is shown.
 
-MAX_NUMBER = 20  # the largest number in the tiny model's word problems
-
-TINY_DEFAULTS: dict[str, dict[str, object]] = {
-    "correlation": {
-        "dataset_options": {"size": 56, "style": "bold"},
-        "train_size": 100_000,
-        "eval_size": 256,
-        "max_steps": 1200,
-        "eval_steps": 100,
-        "prompts_per_step": 16,
-        "num_generations": 8,
-        "max_prompt_length": 128,
-        "max_completion_length": 12,
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "cosine",
-        "beta": 0.02,
-    },
-    "clock": {
-        "dataset_options": {"size": 56, "style": "bold"},
-        "train_size": 100_000,
-        "eval_size": 256,
-        "max_steps": 800,
-        "eval_steps": 100,
-        "prompts_per_step": 8,
-        "num_generations": 16,
-        "max_prompt_length": 128,
-        "max_completion_length": 16,
-        "learning_rate": 1.5e-4,
-        "lr_scheduler_type": "cosine",
-        "beta": 0.01,
-    },
-    "arithmetic": {
-        "dataset_options": {"max_number": MAX_NUMBER},
-        "train_size": 100_000,
-        "eval_size": 256,
-        "max_steps": 600,
-        "eval_steps": 100,
-        "prompts_per_step": 16,
-        "num_generations": 8,
-        "max_prompt_length": 128,
-        "max_completion_length": 32,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "cosine",
-        "beta": 0.0,
-    },
-    "gsm8k": {
-        "eval_size": 64,
-        "max_steps": 100,
-        "eval_steps": 50,
-        "prompts_per_step": 4,
-        "num_generations": 8,
-        "max_prompt_length": 512,
-        "max_completion_length": 200,
-        "learning_rate": 1e-4,
-        "beta": 0.0,
-    },
-}
+MAX_NUMBER = 20  # the largest number in the word problems of a tiny run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How wrong the labels of the warm-up are. A noise function takes the right reasoning and answer and a source of
-# randomness, and gives those that the model is shown.
-
-
-def wrong_correlation(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
-    """r moved by 0.22 to 0.5 either way, evenly; one time in ten any r at all, so that no answer is quite unknown."""
+def noisy_correlation(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """r shifted up or down by 0.22 to 0.5, uniformly; one time in ten any r at all, so that every answer occurs."""
     while True:
-        wrong = float(answer) + rng.choice((-1, 1)) * rng.uniform(0.22, 0.5)
+        noisy = float(answer) + rng.choice((-1, 1)) * rng.uniform(0.22, 0.5)
         if rng.random() < 0.1:
-            wrong = rng.uniform(-1, 1)
-        if -1 <= wrong <= 1:
-            return "I look at how the points spread.", f"{wrong:.2f}".replace("-0.00", "0.00")
+            noisy = rng.uniform(-1, 1)
+        if -1 <= noisy <= 1:
+            return "I look at how the points spread.", f"{noisy:.2f}".replace("-0.00", "0.00")
 
 
-def wrong_time(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
-    """Each hand moved on its own: the hour by up to 2, and left where it is half as often as moved to any other place;
-    the minute and the second by up to 10, evenly."""
+def noisy_time(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """Each hand shifted independently: the hour by -2 to 2, with 0 half as likely as each of the others; the minute and
+    the second by -10 to 10, uniformly."""
     hour, minute, second = (int(part) for part in answer.split(":"))
     hour = (hour + rng.choice((-2, -2, -1, -1, 0, 1, 1, 2, 2)) - 1) % 12 + 1
     minute, second = (minute + rng.randint(-10, 10)) % 60, (second + rng.randint(-10, 10)) % 60
     return "I read the three hands.", f"{hour:02}:{minute:02}:{second:02}"
 
 
-def wrong_steps(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
-    """In each line any operation that fits the numbers, whatever the story tells. It is worked out rightly."""
+def random_operations(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """The operation of each line drawn from those that keep the result within bounds; the results are calculated
+    correctly."""
     lines = [line.split() for line in solution.split("\n")]  # "20 - 3 = 17"
     largest = max(MAX_NUMBER, *(int(number) for line in lines for number in line[::2]))
     while True:
-        wrong, total = [], int(lines[0][0])
+        steps, total = [], int(lines[0][0])
         for _, _, operand, _, _ in lines:
             n = int(operand)
             results = {"+": total + n, "-": total - n, "*": total * n, "/": 0 if total % n else total // n}
-            fitting = [operator for operator, result in results.items() if 1 <= result <= largest]
-            if not fitting:
-                break
-            operator = rng.choice(fitting)
-            wrong.append(f"{total} {operator} {n} = {results[operator]}")
+            possible = [operator for operator, result in results.items() if 1 <= result <= largest]
+            if not possible:
+                break  # start again
+            operator = rng.choice(possible)
+            steps.append(f"{total} {operator} {n} = {results[operator]}")
             total = results[operator]
         else:
-            return "\n".join(wrong), str(total)
+            return "\n".join(steps), str(total)
 
 
-def right_steps(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
-    """As it is: the warm-up is too short to learn more than the form."""
+def no_noise(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """The correct reasoning and answer, for a warm-up that is too short to learn more than the format."""
     return solution, answer
 
 
@@ -143,20 +101,21 @@ def right_steps(solution: str, answer: str, rng: random.Random) -> tuple[str, st
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about a tiny model and its warm-up that is not in the data.
+    """A tiny model, its warm-up, and the flags of a run that starts from it.
 
     Attributes:
-        noise: the labels shown instead of the right ones.
-        whole_tokens: texts that are one token each: "-0.", or ":3" (a colon and the tens of a minute). Few tokens are
-            sampled quickly. What is read off a picture is written digit by digit: among ten digits the good one is
-            found by trying, while among a hundred numbers most are given up before they were ever tried.
-        vocabulary: the most tokens there may be beside these.
+        noise: the label noise of the warm-up.
+        whole_tokens: texts that are one token each, such as "-0." or ":3" (a colon and the tens of a minute). Fewer
+            tokens are sampled faster. What has to be read off a picture is written digit by digit: sampling tries all
+            of ten digits, but only a few of a hundred numbers before the others become too unlikely.
+        vocabulary: the most tokens that byte-pair encoding may learn besides the whole tokens.
         hidden, mlp, layers: sizes of the language model; 4 query heads share 2 key-value heads.
-        vision_width, vision_depth: sizes of the vision tower; it sees a picture as 8 x 8 patches.
-        examples, labels, epochs: how many training examples, how many wrong labels for each, how often.
+        vision_width, vision_depth: sizes of the vision tower, which sees a picture as 8 x 8 patches.
+        examples, labels, epochs: the number of training examples, of noisy labels for each, and of passes.
         batch: examples in a warm-up step.
-        learning_rate: at its peak (see `learning_rate_share`).
-        seconds: how long the warm-up took on 2 cores when the recipe was made; only said, never used.
+        learning_rate: the peak rate, see `learning_rate_factor`.
+        seconds: what the warm-up took on 2 cores when the recipe was written; only printed.
+        defaults: flags of main.py, by name, that a run with `--model_path tiny` uses unless they are given.
     """
 
     noise: Callable[[str, str, random.Random], tuple[str, str]]
@@ -173,130 +132,234 @@ class Recipe:
     batch: int = 32
     learning_rate: float = 2e-3
     seconds: int = 60
+    defaults: dict[str, object] = field(default_factory=dict)
 
 
-TWO_DIGITS = tuple(f"{n:02}" for n in range(100))
+TWO_DIGITS = tuple(str(n) for n in range(10, 100))
 OPERATORS = (" + ", " - ", " * ", " / ", " = ")
 
 RECIPES: dict[str, Recipe] = {
     "correlation": Recipe(
-        wrong_correlation,
+        noise=noisy_correlation,
         whole_tokens=("-0.", "0.", "-1.", "1."),
         examples=33_600,
         labels=2,
         batch=48,
         learning_rate=1.5e-3,
         seconds=170,
+        defaults={
+            "dataset_options": {"size": 56, "style": "bold"},
+            "train_size": 100_000,
+            "eval_size": 256,
+            "max_steps": 1200,
+            "eval_steps": 100,
+            "prompts_per_step": 16,
+            "num_generations": 8,
+            "max_prompt_length": 128,
+            "max_completion_length": 12,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "cosine",
+            "beta": 0.02,
+        },
     ),
     "clock": Recipe(
-        wrong_time,
+        noise=noisy_time,
         whole_tokens=tuple(f":{tens}" for tens in range(6)),
         examples=12_800,
         labels=4,
         seconds=90,
+        defaults={
+            "dataset_options": {"size": 56, "style": "bold"},
+            "train_size": 100_000,
+            "eval_size": 256,
+            "max_steps": 800,
+            "eval_steps": 100,
+            "prompts_per_step": 8,
+            "num_generations": 16,
+            "max_prompt_length": 128,
+            "max_completion_length": 16,
+            "learning_rate": 1.5e-4,
+            "lr_scheduler_type": "cosine",
+            "beta": 0.01,
+        },
     ),
-    "arithmetic": Recipe(wrong_steps, whole_tokens=TWO_DIGITS[10:] + OPERATORS, examples=12_800, labels=2, seconds=75),
+    "arithmetic": Recipe(
+        noise=random_operations,
+        whole_tokens=TWO_DIGITS + OPERATORS,
+        examples=12_800,
+        labels=2,
+        seconds=75,
+        defaults={
+            "dataset_options": {"max_number": MAX_NUMBER},
+            "train_size": 100_000,
+            "eval_size": 256,
+            "max_steps": 600,
+            "eval_steps": 100,
+            "prompts_per_step": 16,
+            "num_generations": 8,
+            "max_prompt_length": 128,
+            "max_completion_length": 32,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "cosine",
+            "beta": 0.0,
+        },
+    ),
     "gsm8k": Recipe(
-        right_steps, whole_tokens=TWO_DIGITS[10:], vocabulary=2000, examples=3200, labels=1, batch=16, seconds=65
+        noise=no_noise,
+        whole_tokens=TWO_DIGITS,
+        vocabulary=2000,
+        examples=3200,
+        labels=1,
+        batch=16,
+        seconds=65,
+        defaults={
+            "eval_size": 64,
+            "max_steps": 100,
+            "eval_steps": 50,
+            "prompts_per_step": 4,
+            "num_generations": 8,
+            "max_prompt_length": 512,
+            "max_completion_length": 200,
+            "learning_rate": 1e-4,
+            "beta": 0.0,
+        },
     ),
 }
 
-SEED = 0  # of the weights, the order and the noise
-TEXTS_FOR_TOKENIZER = 1000  # examples whose texts the tokenizer is trained on
-PROGRESS_SECONDS = 10.0
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache. `cache_key` hashes the code from the next line to the end of the file.
+
+SEED = 0  # of the weights, the order of the examples and the label noise
+STALE_SECONDS = 3600  # a build that has not finished by then was killed
 
 
 def print_at_once(line: str) -> None:
-    """A line that is seen when it is written, in a log file too."""
+    """Print without buffering, so that a log file shows the line when it is written."""
     print(line, flush=True)
 
 
 def tiny_model(
     dataset_name: str,
     dataset_path: str | None = None,
-    dataset_options: dict | None = None,
+    dataset_options: dict[str, object] | None = None,
     cache_dir: str | os.PathLike | None = None,
     say: Callable[[str], None] = print_at_once,
     recipe: Recipe | None = None,
 ) -> Path:
-    """The folder of the tiny model for a task, taken from the cache or else built and warmed up.
+    """The folder of a task's tiny model, from the cache if it is there, else built and warmed up.
 
     Args:
         dataset_name, dataset_path, dataset_options: as for `rldatasets.get_dataset`.
-        cache_dir: where models are kept; else $GRPO_CACHE, else ~/.cache/grpo-by-hand.
-        say: takes each line about what is being done.
-        recipe: another recipe than the task's own.
+        cache_dir: see `cache_folder`.
+        say: called with each line of progress.
+        recipe: used instead of the task's entry in RECIPES.
 
     Raises:
-        ValueError: the task has no recipe, or the dataset refuses its options.
-        OSError: the cache cannot be written.
+        ValueError: the task has no recipe, the dataset refuses its options, or there is no folder for the cache.
+        OSError: the model cannot be written.
     """
     recipe = recipe or find_recipe(dataset_name)
     dataset = training_examples(dataset_name, dataset_path, dataset_options, recipe.examples)
-    cache = Path(cache_dir or os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo-by-hand") / "tiny"
+    cache = cache_folder(cache_dir)
     folder = cache / f"{dataset_name}-{cache_key(dataset, recipe)}"
-    if folder.is_dir():  # it was renamed into place when it was complete
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    for left in cache.glob(f".{folder.name}-*"):  # by a build that was killed; a younger one may be at work
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}-"))
+    unfinished = cache / f".{folder.name}-{uuid.uuid4().hex}"
     try:
-        with quiet_randomness():
-            make(dataset, recipe, aside, say)
-        rename_into_place(aside, folder)
+        if folder.is_dir():  # complete, because a build is renamed to this name when it has finished
+            return folder
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"tiny models cannot be cached: {error}; set GRPO_CACHE to another folder") from error
+    remove_stale_builds(cache, folder.name)
+    try:
+        with torch_seeded(SEED):
+            make(dataset, recipe, unfinished, say)
+        use_umask_mode(unfinished)
+        rename_into_place(unfinished, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
 def find_recipe(dataset_name: str) -> Recipe:
+    """The task's recipe. Raises ValueError if it has none."""
     if dataset_name not in RECIPES:
         raise ValueError(
-            f"there is no tiny model for the task {dataset_name!r}, only for {', '.join(RECIPES)}: add a recipe"
+            f"there is no tiny model for the task {dataset_name!r}, only for {', '.join(RECIPES)}: choose another "
+            "--model_path, or add a recipe to tiny_models.py"
         )
     return RECIPES[dataset_name]
 
 
-def training_examples(name, path, options, most: int):
-    """The training split's first examples: as many as the recipe shows, or all there are."""
-    from rldatasets import DATASETS, get_dataset
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """`tiny` in `cache_dir`, else in $GRPO_CACHE, else in ~/.cache/grpo-by-hand.
 
+    Raises:
+        ValueError: neither folder is given and the user has no home, as with a bare user id in a container.
+    """
+    root = cache_dir or os.environ.get("GRPO_CACHE")
+    if not root:
+        try:
+            root = Path.home() / ".cache" / "grpo-by-hand"
+        except RuntimeError as error:
+            raise ValueError("tiny models cannot be cached: no home folder; set GRPO_CACHE to a folder") from error
+    return Path(root) / "tiny"
+
+
+def training_examples(name: str, path: str | None, options: dict[str, object] | None, max_examples: int) -> Dataset:
+    """The first `max_examples` of the training split, or all of them if a file has fewer."""
     if DATASETS[name].reads_files:
         dataset = get_dataset(name, "train", None, path=path, options=options)
-        return get_dataset(name, "train", min(most, len(dataset)), path=path, options=options)
-    return get_dataset(name, "train", most, path=path, options=options)
+        max_examples = min(max_examples, len(dataset))
+    return get_dataset(name, "train", max_examples, path=path, options=options)
 
 
-def rename_into_place(aside: Path, folder: Path) -> None:
-    aside.chmod(0o755)  # mkdtemp makes folders that nobody else may read
+def remove_stale_builds(cache: Path, name: str) -> None:
+    """Delete what killed builds of this model left behind; a younger folder may belong to a running build."""
+    for unfinished in cache.glob(f".{name}-*"):
+        with contextlib.suppress(FileNotFoundError):  # a running build may finish in this moment
+            if time.time() - unfinished.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def use_umask_mode(folder: Path) -> None:
+    """Give every file in a new folder the permissions that the umask gives to new files, which are those of the folder
+    without the right to execute. safetensors writes weights that only their owner may read."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def rename_into_place(unfinished: Path, folder: Path) -> None:
+    """Rename a complete build to its final name, unless another process has finished the same model first."""
     try:
-        aside.rename(folder)
+        unfinished.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process was faster and made the same
+        if not folder.is_dir():
             raise
 
 
 @contextlib.contextmanager
-def quiet_randomness() -> Iterator[None]:
-    """Torch's random numbers start at SEED inside and go on outside as if nothing had happened."""
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Seed torch inside the block; restore its random state afterwards."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         yield
 
 
-def cache_key(dataset, recipe: Recipe) -> str:
-    """A hash of all that makes the model: the code below the recipes, the recipe, the data, the libraries."""
+def cache_key(dataset: Dataset, recipe: Recipe) -> str:
+    """A hash of all that determines the weights: this file's code from SEED on, the recipe, the tags, the libraries and
+    the data. The number of threads, which changes how sums are rounded, is not part of it."""
     from importlib.metadata import version
 
-    digest = hashlib.sha256(Path(__file__).read_text().partition("\nSEED = ")[2].encode())
-    named = {**dataclasses.asdict(recipe), "noise": inspect.getsource(recipe.noise), "seconds": None}
+    digest = hashlib.sha256(Path(__file__).read_text(encoding="utf-8").partition("\nSEED = ")[2].encode())
+    settings = {**dataclasses.asdict(recipe), "noise": inspect.getsource(recipe.noise)}
+    del settings["defaults"], settings["seconds"]  # of the run that follows, and of a message
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    digest.update(json.dumps([named, libraries, len(dataset)], sort_keys=True).encode())
-    # What a program makes, a few examples tell whether it is the same program; a file may differ anywhere.
+    digest.update(json.dumps([settings, TAGS, libraries, len(dataset)], sort_keys=True).encode())
+    # Generated examples all change with the generator, so some of them suffice; a file may differ in any example.
     stride = 1 if dataset.reads_files else max(1, len(dataset) // 64)
     for index in range(0, len(dataset), stride):
         example = dataset[index]
@@ -306,28 +369,28 @@ def cache_key(dataset, recipe: Recipe) -> str:
     return digest.hexdigest()[:16]
 
 
-def make(dataset, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
-    """Build a model for the dataset, save it, load it the way every model is loaded, warm it up, save it again."""
-    from llms import load_llm, quiet_transformers
+def make(dataset: Dataset, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
+    """Build a model, save it, load it as every model is loaded, warm it up, and save it again."""
+    import llms
 
-    quiet_transformers()
-    began = time.perf_counter()
+    llms.tune_cpu()  # before torch starts its threads, which inherit the setting
+    llms.quiet_transformers()
+    start = time.perf_counter()
     tokenizer = build_tokenizer(dataset, recipe)
     model, processor = build_model(dataset, recipe, tokenizer)
     model.save_pretrained(folder)
     (processor or tokenizer).save_pretrained(folder)
-    size = sum(weight.numel() for weight in model.parameters())
+    parameters = sum(weight.numel() for weight in model.parameters())
     what = "pictures" if dataset.modality == "vision" else "problems"
     say(
-        f"no tiny model for {dataset.name} yet: building one ({size / 1e6:.1f} M parameters) and showing it "
-        f"{len(dataset):,} labelled training {what}, about {recipe.seconds} s on 2 cores"
+        f"building a tiny model for {dataset.name}: {parameters / 1e6:.1f} M parameters, warm-up on {len(dataset):,} "
+        f"labelled {what}, about {recipe.seconds} s on 2 cores"
     )
-    llm = load_llm(str(folder), device="cpu", dtype="float32")
+    llm = llms.load_llm(str(folder), device="cpu", dtype="float32")
     warm_up(llm, dataset, recipe, say)
     llm.model.save_pretrained(folder)
-    say(
-        f"the tiny model for {dataset.name} is ready after {time.perf_counter() - began:.0f} s; next time it is at hand"
-    )
+    seconds = time.perf_counter() - start
+    say(f"the tiny model for {dataset.name} is ready after {seconds:.0f} s; later runs take it from the cache")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,8 +400,10 @@ END, IMAGE, VIDEO = "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 ROLES = [f"<|{role}|>" for role in ("system", "user", "assistant")]
 
-# The asked format, so that what surrounds an answer costs a token each and not a token a letter.
+# The asked format without its contents: before the reasoning, between reasoning and answer, after the answer. Each is
+# one token of the tokenizer.
 REASONING, ANSWER, CLOSE = TAGS = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>")
+TEXTS_FOR_TOKENIZER = 1000  # the number of examples whose texts the tokenizer is trained on
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -351,16 +416,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def completion_text(solution: str, answer: str) -> str:
-    """An answer in the asked format."""
-    return f"{REASONING}{solution}{ANSWER}{answer}{CLOSE}"
+def asked_format(reasoning: str, answer: str) -> str:
+    """The completion that the system prompt asks for."""
+    return f"{REASONING}{reasoning}{ANSWER}{answer}{CLOSE}"
 
 
-def build_tokenizer(dataset, recipe: Recipe):
-    """Qwen2's tokenizer with a vocabulary of the task's own: a byte-level BPE trained on its questions and answers.
+def build_tokenizer(dataset: Dataset, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Qwen2's tokenizer with a small vocabulary: a byte-level BPE trained on the task's questions and answers.
 
-    Every byte is a token, so any text can be written. Whole tokens are beside what BPE found: the tags, the recipe's
-    numbers, and each line that stands in all examples alike, since a question that never changes need not be spelled.
+    Every byte is a token, so any text can be written. Whole tokens are added to what BPE learns: the tags, the recipe's
+    `whole_tokens`, and each line that is the same in all examples, which shortens prompts.
     """
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
@@ -383,15 +448,13 @@ def build_tokenizer(dataset, recipe: Recipe):
     return tokenizer
 
 
-def example_lines(dataset, index: int, recipe: Recipe) -> list[str]:
-    """All that is written in an example, line by line, without the tags."""
+def example_lines(dataset: Dataset, index: int, recipe: Recipe) -> list[str]:
+    """The lines of an example's messages and of its noisy label, line ends included, tags removed."""
     example = dataset[index]
-    contents = [message["content"] for message in example.messages]
-    texts = [
-        part.get("text", "")
-        for content in contents
-        for part in ([{"text": content}] if isinstance(content, str) else content)
-    ]
+    texts = []
+    for message in example.messages:
+        content = message["content"]
+        texts += [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     texts += recipe.noise(dataset.solution(index), example.answer, random.Random(index))
     for tag in TAGS:
         texts = [piece for text in texts for piece in text.split(tag)]
@@ -405,12 +468,17 @@ MAX_CONTEXT = 2048
 PATCHES = 8  # a picture is PATCHES x PATCHES patches, merged 2 x 2 into image tokens
 
 
-def build_model(dataset, recipe: Recipe, tokenizer):
-    """A model with random weights, and for pictures the processor that goes with it, else None."""
-    return (build_vision_model if dataset.modality == "vision" else build_text_model)(dataset, recipe, tokenizer)
+def build_model(
+    dataset: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+    """A model with random weights from torch's random state, and its processor if the task has pictures."""
+    if dataset.modality == "vision":
+        return build_vision_model(dataset, recipe, tokenizer)
+    return build_text_model(recipe, tokenizer), None
 
 
-def text_sizes(recipe: Recipe, tokenizer) -> dict[str, object]:
+def text_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Arguments that the configurations of both language models share."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": recipe.hidden,
@@ -426,18 +494,22 @@ def text_sizes(recipe: Recipe, tokenizer) -> dict[str, object]:
     }
 
 
-def build_text_model(dataset, recipe: Recipe, tokenizer):
+def build_text_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A Qwen2 model with random weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        **text_sizes(recipe, tokenizer),
+        **text_config(recipe, tokenizer),
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
-    return Qwen2ForCausalLM(config), None
+    return Qwen2ForCausalLM(config)
 
 
-def build_vision_model(dataset, recipe: Recipe, tokenizer):
+def build_vision_model(
+    dataset: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A Qwen2-VL model with random weights, its patches sized so that a picture has PATCHES x PATCHES of them."""
     from transformers import (
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
@@ -451,7 +523,7 @@ def build_vision_model(dataset, recipe: Recipe, tokenizer):
     sections = [head_size // 2 - 2 * (head_size // 6), head_size // 6, head_size // 6]  # of time, height, width
     config = Qwen2VLConfig(
         text_config={
-            **text_sizes(recipe, tokenizer),
+            **text_config(recipe, tokenizer),
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
         },
         vision_config={
@@ -474,18 +546,18 @@ def build_vision_model(dataset, recipe: Recipe, tokenizer):
         pad_token_id=tokenizer.pad_token_id,
     )
     pixels = (patch * PATCHES) ** 2
-    looks = {
+    preprocessing = {
         "patch_size": patch,
         "temporal_patch_size": 1,
         "merge_size": 2,
         "size": {"shortest_edge": pixels, "longest_edge": pixels},
-        "image_mean": [1.0] * 3,  # white paper becomes 0: only what is drawn excites the tower
+        "image_mean": [1.0] * 3,  # the white background becomes 0, so only what is drawn activates the tower
         "image_std": [0.5] * 3,
     }
     processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**looks),
+        image_processor=Qwen2VLImageProcessor(**preprocessing),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**looks),
+        video_processor=Qwen2VLVideoProcessor(**preprocessing),
         chat_template=CHAT_TEMPLATE,
     )
     return Qwen2VLForConditionalGeneration(config), processor
@@ -494,18 +566,19 @@ def build_vision_model(dataset, recipe: Recipe, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # Warm-up
 
+PROGRESS_SECONDS = 10.0  # between two lines of progress
 
-def warm_up(llm, dataset, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Raise the log-probability of the wrongly labelled completions: AdamW on their tokens alone."""
+
+def warm_up(llm: LLM, dataset: Dataset, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Supervised learning with AdamW: raise the log-probability of the noisy labels, averaged over their tokens."""
     import torch
 
-    from llms import token_logps
+    from logprobs import token_logps
 
-    steps_per_epoch = max(1, len(dataset) // recipe.batch)
-    steps = recipe.epochs * steps_per_epoch
+    steps = recipe.epochs * max(1, len(dataset) // recipe.batch)
     optimizer = torch.optim.AdamW(llm.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, steps))
-    began = last_said = time.perf_counter()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    start = last_line = time.perf_counter()
     for step, indices in enumerate(batches(len(dataset), recipe), start=1):
         rollout = labelled_rollout(llm, dataset, recipe, indices, random.Random(f"{SEED} {step}"))
         logps = token_logps(llm, rollout)  # (B, T)
@@ -516,28 +589,28 @@ def warm_up(llm, dataset, recipe: Recipe, say: Callable[[str], None]) -> None:
         optimizer.step()
         schedule.step()
         now = time.perf_counter()
-        if now - last_said >= PROGRESS_SECONDS or step == steps:
-            left = (now - began) / step * (steps - step)
-            say(f"  warm-up step {step:,} of {steps:,}, loss {loss.item():.3f}, {left:.0f} s left")
-            last_said = now
+        if now - last_line >= PROGRESS_SECONDS or step == steps:
+            remaining = (now - start) / step * (steps - step)
+            say(f"  warm-up step {step:,} of {steps:,}, loss {loss.item():.3f}, {remaining:.0f} s left")
+            last_line = now
     llm.model.zero_grad(set_to_none=True)
 
 
-def learning_rate_share(step: int, steps: int) -> float:
-    """Of the peak: rises over the first twentieth, then falls to zero on a cosine."""
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Fraction of the peak rate: linear warm-up over 5 % of the steps, times a cosine from 1 to 0 over all of them."""
     return min(1.0, 20 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def batches(num_examples: int, recipe: Recipe) -> Iterator[list[int]]:
-    """Indices of examples, in a new order every epoch; what does not fill a batch waits for the next epoch."""
+    """Indices of each step's examples, shuffled every epoch; those left over at the end of an epoch are skipped."""
     rng, size = random.Random(SEED), min(recipe.batch, num_examples)
     for _ in range(recipe.epochs):
         order = rng.sample(range(num_examples), num_examples)
         yield from (order[start : start + size] for start in range(0, num_examples - size + 1, size))
 
 
-def labelled_rollout(llm, dataset, recipe: Recipe, indices: list[int], rng: random.Random):
-    """What a sampler would return had it written the wrong labels: `recipe.labels` completions for each example."""
+def labelled_rollout(llm: LLM, dataset: Dataset, recipe: Recipe, indices: list[int], rng: random.Random) -> Rollout:
+    """A rollout whose completions are `recipe.labels` noisy labels for each example, instead of samples."""
     import torch
 
     from llms import encode_prompts
@@ -545,13 +618,13 @@ def labelled_rollout(llm, dataset, recipe: Recipe, indices: list[int], rng: rand
 
     examples = [dataset[index] for index in indices]
     pairs = [(dataset.solution(index), example.answer) for index, example in zip(indices, examples, strict=True)]
-    texts = [completion_text(*recipe.noise(*pair, rng)) for pair in pairs for _ in range(recipe.labels)]
+    texts = [asked_format(*recipe.noise(*pair, rng)) for pair in pairs for _ in range(recipe.labels)]
     rows = [[*ids, llm.eos_token_ids[0]] for ids in llm.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])  # (B,)
     ids = torch.full((len(rows), int(lengths.max())), llm.pad_token_id)  # (B, T)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (B, T), end-of-sequence token included
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (B, T), includes the end-of-sequence token
     return Rollout(
         prompts=encode_prompts(llm, examples),
         completion_ids=ids,
