@@ -19,7 +19,7 @@ from typing import Any
 
 from progress import did_you_mean
 from rldatasets import DATASETS, dataset_options
-from tiny_models import TINY_DEFAULTS
+from tiny_models import RECIPES
 
 
 def flag(
@@ -196,7 +196,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     first, _ = parser.parse_known_args([text for text in argv if text not in ("-h", "--help")])
-    defaults = TINY_DEFAULTS.get(first.dataset_name, {}) if first.model_path == "tiny" else {}
+    recipe = RECIPES.get(first.dataset_name) if first.model_path == "tiny" else None
+    defaults = recipe.defaults if recipe else {}
     parser.set_defaults(**{name: value for name, value in defaults.items() if name != "dataset_options"})
     given = vars(parser.parse_args(argv))
     if given["dataset_name"] not in DATASETS:
