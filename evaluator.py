@@ -1,326 +1,374 @@
 """Scoring completions: finding the answer, the rewards of each task, and the metrics of an evaluation.
 
-A completion is asked to look like this:
+There is one evaluator per task, registered in `EVALUATORS` under the task's name. It parses a completion once, into a
+`Completion`, and everything else is computed from that: the reward components, the metrics, pass@k and majority@k.
 
-    <reasoning>
-    ...
-    </reasoning>
-    <answer>
-    ...
-    </answer>
+To add a reward component, write one method `name(self, completion, gold) -> float` (at most 1) and one entry
+`"name": weight` in the evaluator's `components`.
 
-There is one evaluator per task, registered in `EVALUATORS` under the task's name. What a model wrote is untrusted text:
-it may hold a million tags or numbers of 100,000 digits. Every reading here takes time linear in its length and yields
-an answer or None, never an exception.
+A completion is untrusted text: it may hold a million tags or numbers of 100,000 digits. Parsing takes time linear in
+its length and never raises an exception. There are two readings of the answer:
 
-Rewards look into the tags alone: the answer block must hold one answer, not a list to choose from. `predict` is more
-lenient: it takes the last answer in the tags or, failing that, the last one anywhere in the text.
+- The rewards use the strict one: the answer block must hold one answer, not several to choose from.
+- `predict` is lenient: it takes the last answer in the answer block or, without one, the last answer in the text.
 """
 
-import difflib
+from __future__ import annotations
+
 import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+from answers import CLOCK_TIME, FULL_CLOCK_TIME, INTEGER, NUMBER, PLAIN_DECIMAL, clock_seconds, read_number
+from progress import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Reading = str | float | None  # an answer as the evaluator understands it; None where there is none
+Answer = str | float | None  # an answer in its canonical form; None if there is none or it is unreadable
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The asked format
+# ---------------------------------------------------------------------------------------------------------------------
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+BEFORE_REASONING, BEFORE_ANSWER, AFTER_ANSWER = f"{TAGS[0]}\n", f"\n{TAGS[1]}\n{TAGS[2]}\n", f"\n{TAGS[3]}"
+
 # `.*` cannot make this slow: it is tried only on texts that hold each tag once, so there is one place to split at.
-STRICT_FORMAT = re.compile(r"<reasoning>\n.*\n</reasoning>\n<answer>\n.*\n</answer>\n?", re.DOTALL)
-BETWEEN_BLOCKS = re.compile(r"</reasoning>\s*<answer>")
-
-# Digits are 0 to 9 only. A minus after a letter, digit or bracket is an operator ("10-3"), not a sign.
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-SIGN = r"(?:(?<![\w)\]])[-−+]\$?|\$[-−]?)?"
-NUMBER = re.compile(rf"{SIGN}(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-INTEGER = re.compile(rf"[-−+]?{DIGITS}")
-PLAIN_DECIMAL = re.compile(r"[-−+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
-CLOCK_TIME = re.compile(r"(?<![0-9:])[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?![0-9:])")
-FULL_CLOCK_TIME = re.compile(r"[0-9]{2}:[0-9]{2}:[0-9]{2}")
-
-LONGEST_NUMBER = 64  # characters; no answer needs more, and a conversion beyond would not be linear
+STRICT_FORMAT = re.compile(f"{BEFORE_REASONING}.*{BEFORE_ANSWER}.*{AFTER_ANSWER}\n?", re.DOTALL)
+BETWEEN_BLOCKS = re.compile(rf"{TAGS[1]}\s*{TAGS[2]}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a completion
-# ---------------------------------------------------------------------------------------------------------------------
-def tagged_answer(text: str) -> str | None:
-    """What stands in the last complete `<answer>...</answer>` of a text, stripped; None without such a block."""
-    last_close = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, last_close) if last_close >= 0 else -1
-    if start < 0:
-        return None
-    start += len("<answer>")
-    return text[start : text.find("</answer>", start)].strip()
-
-
-def read_number(text: str) -> Decimal | None:
-    """The exact value of a number: `1,080`, `$1080`, `1080.00`, `1080` are the same. None if it is none or huge."""
-    text = text.strip()
-    if len(text) > LONGEST_NUMBER or not NUMBER.fullmatch(text):
-        return None
-    try:
-        value = Decimal(text.replace(",", "").replace("$", "").replace("−", "-"))
-    except InvalidOperation:  # an exponent too large even for Decimal
-        return None
-    return value if abs(value.adjusted()) <= LONGEST_NUMBER else None
+def asked_format(reasoning: str, answer: str) -> str:
+    """A completion in the format that the system prompt asks for."""
+    return f"{BEFORE_REASONING}{reasoning}{BEFORE_ANSWER}{answer}{AFTER_ANSWER}"
 
 
 def follows_strict_format(text: str) -> bool:
-    """Whether the whole text is the asked format, each tag once; a single newline may follow."""
+    """Whether the text is `asked_format(...)` with each tag once; a single newline may follow."""
     return all(text.count(tag) == 1 for tag in TAGS) and STRICT_FORMAT.fullmatch(text) is not None
 
 
 def follows_loose_format(text: str) -> bool:
-    """Whether a reasoning block, with nothing but white space before an answer block, stands anywhere in the text."""
-    opening = text.find("<reasoning>")
-    border = BETWEEN_BLOCKS.search(text, opening + len("<reasoning>")) if opening >= 0 else None
-    return border is not None and text.find("</answer>", border.end()) >= 0
+    """Whether the text contains a reasoning block and, after white space only, an answer block."""
+    opening = text.find(TAGS[0])
+    border = BETWEEN_BLOCKS.search(text, opening + len(TAGS[0])) if opening >= 0 else None
+    return border is not None and text.find(TAGS[3], border.end()) >= 0
 
 
-def tag_count_reward(text: str) -> float:
-    """0.125 for each tag in place, once and in order; less 0.001 for each character after the last; never below 0."""
-    reward, position = 0.0, -1
-    for tag in TAGS:
-        place = text.find(tag, position + 1)
-        if place >= 0 and text.count(tag) == 1:
-            reward += 0.125
-            position = place
-    if "</answer>" in text:
-        reward -= 0.001 * len(text.rpartition("</answer>")[2].removesuffix("\n"))
-    return max(reward, 0.0)
+def tagged_answer(text: str) -> str | None:
+    """The contents of the last complete `<answer>` block, stripped, or None."""
+    last_close = text.rfind(TAGS[3])
+    start = text.rfind(TAGS[2], 0, last_close) if last_close >= 0 else -1
+    if start < 0:
+        return None
+    start += len(TAGS[2])
+    return text[start : text.find(TAGS[3], start)].strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluators
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
+class Completion:
+    """A completion, parsed once."""
+
+    text: str
+    tagged: str | None  # the contents of the answer block; None without one
+    strict_format: bool  # whether the text is exactly in the asked format
+    prediction: Answer  # the lenient reading: the last answer in the answer block or, without one, in the text
+    strict_prediction: Answer  # the only answer in the answer block
+
+
+@dataclass(frozen=True)
 class Headline:
-    """The one number that says how good a model is at a task."""
+    """The one metric that says how good a model is at a task."""
 
     metric: str  # its name among the metrics
-    label: str  # what a person calls it
+    label: str  # its name in charts and summaries
     unit: str  # "min", "" or "%"; with "%" the metric is a share in [0, 1], shown times 100
     lower_is_better: bool
     chance: float | None  # its value under guessing, where known
 
 
 class RewardError(RuntimeError):
-    """A reward could not be computed: a mistake in the evaluator, since any text can be scored."""
+    """A completion could not be scored: a mistake in the evaluator, since any text can be scored."""
 
 
 class RewardEvaluator(ABC):
-    """Scores completions of one task. A subclass says how an answer is read, rewarded and measured."""
+    """Scores the completions of one task: how an answer is read, its reward components and the task's metrics."""
 
-    reward_names: tuple[str, ...]  # K of them
+    components: ClassVar[dict[str, float]]  # name of a method (completion, gold) -> float, at most 1 -> its weight
     headline: Headline
-    exact: bool  # whether answers are right or wrong, rather than near or far
+    right_or_wrong: bool  # False if answers are nearer or farther instead
     best_constant: float | None = None  # the headline's value if every answer is the best constant one, where known
-    answer_pattern: re.Pattern  # what an answer looks like
+    answer_pattern: re.Pattern[str]  # what an answer looks like
+    gold: str  # an example of a right answer
     task = "unnamed"  # set by `get_evaluator`
 
     @abstractmethod
-    def read(self, text: str) -> Reading:
-        """One answer as matched by `answer_pattern`, in its canonical form; None if it is not a possible answer."""
+    def value(self, match: re.Match[str]) -> Answer:
+        """The canonical form of what `answer_pattern` matched; None if it is unreadable."""
 
     @abstractmethod
-    def score(self, completion: str, answer: str) -> tuple[float, ...]:
-        """The K reward components of one completion, in the order of `reward_names`."""
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        """The task's metrics over one or more completions."""
 
-    @abstractmethod
-    def measure(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-        """The task's metrics over some completions, at least one."""
+    # --- Reading ---
 
-    @abstractmethod
-    def is_correct(self, completion: str, answer: str) -> bool:
-        """Whether the lenient reading of the completion is the answer."""
+    def parse(self, completion: str | Completion) -> Completion:
+        """Find the answer of a text; a `Completion` is returned unchanged.
 
-    def compute_rewards(self, completions: Sequence[str], answers: Sequence[str]) -> tuple["Tensor", dict[str, float]]:
-        """Rewards (B, K), float32, whose row sums are the completions' rewards, and the metrics over all of them.
+        Raises:
+            RewardError: if the evaluator fails on the text.
+        """
+        if isinstance(completion, Completion):
+            return completion
+        with self._explained(f"reading {completion[:80]!r} in"):
+            tagged = tagged_answer(completion)
+            strict_format = follows_strict_format(completion)
+            prediction = self._last_answer(tagged, completion)
+            return Completion(completion, tagged, strict_format, prediction, self.parse_answer(tagged or ""))
+
+    def parse_answer(self, text: str) -> Answer:
+        """The only answer in a text, which may have words or a unit around it; None without one or with several."""
+        found = list(self.answer_pattern.finditer(text))
+        return self.value(found[0]) if len(found) == 1 else None
+
+    def predict(self, text: str) -> Answer:
+        """The lenient reading: the last answer in the answer block or, without one, the last in the text."""
+        return self.parse(text).prediction
+
+    def is_correct(self, completion: str | Completion, answer: str) -> bool:
+        """Whether the lenient reading is the right answer."""
+        prediction = self.parse(completion).prediction
+        return prediction is not None and prediction == self.parse_answer(answer)
+
+    # --- Scoring ---
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The names of the K reward components."""
+        return tuple(self.components)
+
+    @property
+    def highest(self) -> float:
+        """The highest total reward."""
+        return sum(self.components.values())
+
+    @property
+    def lowest(self) -> float:
+        """The lowest total reward, which an empty completion gets."""
+        return sum(self.score("", self.gold).values())
+
+    def score(self, completion: str | Completion, answer: str) -> dict[str, float]:
+        """The value of each reward component, by name."""
+        completion, gold = self.parse(completion), self.parse_answer(answer)
+        return {name: weight * getattr(self, name)(completion, gold) for name, weight in self.components.items()}
+
+    def compute_rewards(
+        self, completions: Sequence[str | Completion], answers: Sequence[str]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Rewards (B, K), float32, and the task's metrics over all B completions; row sums are the total rewards.
 
         Raises:
             ValueError: unless there is one answer per completion and at least one of them.
-            RewardError: if a reward or metric cannot be computed, naming the task and the reward's completion.
+            RewardError: if a reward or metric cannot be computed or is not a finite number; names the task and, for a
+                reward, the completion.
         """
-        import torch  # only here, so that reading answers does not cost a second of importing
+        import torch  # only here: plotter.py imports this module, and torch takes a second to import
 
         if len(completions) != len(answers) or not completions:
             raise ValueError(f"{len(completions)} completions cannot be scored against {len(answers)} answers")
-        rows = []
-        for row, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
-            try:
-                rows.append(self.score(completion, answer))
-            except Exception as error:
-                place = f"completion {row} of {len(completions)}, {completion[:80]!r}, with the answer {answer!r}"
-                raise RewardError(f"the rewards of the task {self.task!r} failed on {place}: {error!r}") from error
-        try:
-            metrics = self.measure(completions, answers)
-        except Exception as error:
-            raise RewardError(f"the metrics of the task {self.task!r} failed: {error!r}") from error
+        parsed, rows = [self.parse(completion) for completion in completions], []
+        for row, (completion, answer) in enumerate(zip(parsed, answers, strict=True)):
+            place = f"completion {row} of {len(parsed)}, {completion.text[:80]!r}, with the answer {answer!r}"
+            with self._explained("the rewards of", f" on {place}"):
+                scores = _finite(self.score(completion, answer))
+                rows.append([scores[name] for name in self.reward_names])
+        with self._explained("the metrics of"):
+            metrics = _finite(self.metrics(parsed, answers))
         return torch.tensor(rows, dtype=torch.float32), metrics  # (B, K)
 
-    def predict(self, completion: str) -> Reading:
-        """The lenient reading: the last answer in the tags or, failing that, the last one in the text."""
-        for text in (tagged_answer(completion), completion):
-            found = self.answer_pattern.findall(text or "")
+    # --- Reward components of every format ---
+
+    def strict_format(self, completion: Completion, gold: Answer) -> float:
+        """The text is exactly in the asked format."""
+        return completion.strict_format
+
+    def loose_format(self, completion: Completion, gold: Answer) -> float:
+        """The text contains a reasoning block followed by an answer block."""
+        return follows_loose_format(completion.text)
+
+    def tag_count(self, completion: Completion, gold: Answer) -> float:
+        """1/4 for each tag that occurs once and in order; less 0.002 per character after the last tag; at least 0."""
+        text, share, position = completion.text, 0.0, -1
+        for tag in TAGS:
+            place = text.find(tag, position + 1)
+            if place >= 0 and text.count(tag) == 1:
+                share, position = share + 0.25, place
+        if TAGS[3] in text:
+            share -= 0.002 * len(text.rpartition(TAGS[3])[2].removesuffix("\n"))
+        return max(share, 0.0)
+
+    # --- Helpers ---
+
+    def _last_answer(self, tagged: str | None, text: str) -> Answer:
+        for part in (tagged, text):
+            found = list(self.answer_pattern.finditer(part or ""))
             if found:
-                return self.read(found[-1])
+                return self.value(found[-1])
         return None
 
-    def predict_strictly(self, completion: str) -> Reading:
-        """The answer in the tags, which may have a unit or words about it but no second answer beside it."""
-        found = self.answer_pattern.findall(tagged_answer(completion) or "")
-        return self.read(found[0]) if len(found) == 1 else None
+    @contextmanager
+    def _explained(self, what: str, place: str = "") -> Iterator[None]:
+        """Turns any exception into a RewardError that names the task and the place."""
+        try:
+            yield
+        except Exception as error:
+            raise RewardError(f"{what} the task {self.task!r} failed{place}: {error!r}") from error
 
 
 class ExactNumberEvaluator(RewardEvaluator):
-    """Answers that are right or wrong numbers, with the five rewards usual for GSM8K; at most 4.0 in all."""
+    """Numbers that are right or wrong, with the five reward components usual for GSM8K."""
 
-    reward_names = ("correctness", "integer", "strict_format", "loose_format", "tag_count")
+    components: ClassVar = {
+        "correctness": 2.0,
+        "integer": 0.5,
+        "strict_format": 0.5,
+        "loose_format": 0.5,
+        "tag_count": 0.5,
+    }
     headline = Headline("accuracy", "accuracy", "%", lower_is_better=False, chance=None)
-    exact = True
+    right_or_wrong = True
     answer_pattern = NUMBER
+    gold = "72"
 
-    def read(self, text: str) -> str | None:
+    def value(self, match: re.Match[str]) -> str | None:
         """The number written plainly, so that equal numbers are equal texts: "1080", "-2.5"."""
-        value = read_number(text)
+        value = read_number(match.group())
         if not value:
             return None if value is None else "0"
         plain = f"{value:f}"
         return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
-    def score(self, completion: str, answer: str) -> tuple[float, ...]:
-        prediction = self.predict_strictly(completion)
-        is_integer = prediction is not None and INTEGER.fullmatch(tagged_answer(completion)) is not None
-        return (
-            2.0 * self._matches(prediction, answer),
-            0.5 * is_integer,
-            0.5 * follows_strict_format(completion),
-            0.5 * follows_loose_format(completion),
-            tag_count_reward(completion),
-        )
+    def correctness(self, completion: Completion, gold: Answer) -> float:
+        """The answer block holds the right number and no other."""
+        return completion.strict_prediction is not None and completion.strict_prediction == gold
 
-    def is_correct(self, completion: str, answer: str) -> bool:
-        return self._matches(self.predict(completion), answer)
+    def integer(self, completion: Completion, gold: Answer) -> float:
+        """The answer block is one whole number, right or wrong, and nothing else."""
+        return completion.strict_prediction is not None and INTEGER.fullmatch(completion.tagged or "") is not None
 
-    def measure(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-        """`accuracy`: right wherever the answer stands; `accuracy_strict`: right in exactly the asked format."""
-        pairs = list(zip(completions, answers, strict=True))
-        formatted = [follows_strict_format(completion) for completion in completions]
-        strict = [
-            good and self._matches(self.predict_strictly(c), a) for good, (c, a) in zip(formatted, pairs, strict=True)
-        ]
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        """`accuracy` of the lenient readings; `accuracy_strict`: right and in exactly the asked format."""
+        pairs, n = list(zip(completions, answers, strict=True)), len(completions)
+        strict = [c.strict_format and self.correctness(c, self.parse_answer(answer)) for c, answer in pairs]
         return {
-            "accuracy": sum(self.is_correct(*pair) for pair in pairs) / len(pairs),
-            "accuracy_strict": sum(strict) / len(pairs),
-            "format_fraction": sum(formatted) / len(pairs),
+            "accuracy": sum(self.is_correct(c, answer) for c, answer in pairs) / n,
+            "accuracy_strict": sum(strict) / n,
+            "format_fraction": sum(c.strict_format for c in completions) / n,
         }
-
-    def _matches(self, prediction: Reading, answer: str) -> bool:
-        return prediction is not None and prediction == self.read(answer)
 
 
 class ClosenessEvaluator(RewardEvaluator):
-    """Answers that are nearer or farther. An unreadable one counts as far off as an answer can be."""
+    """Answers that are nearer or farther. An unreadable answer has the largest error."""
 
-    exact = False
+    right_or_wrong = False
     max_error: float
 
     @abstractmethod
-    def error(self, prediction: Reading, answer: str) -> float:
-        """How far a reading is from the answer, 0 to `max_error`, which is also the error of None."""
+    def distance(self, prediction: str | float, gold: str | float) -> float:
+        """Distance of a readable answer to the right one, 0 to `max_error`."""
 
-    def is_correct(self, completion: str, answer: str) -> bool:
-        return self.error(self.predict(completion), answer) == 0
+    def error(self, prediction: Answer, gold: Answer) -> float:
+        """Distance to the right answer, 0 to `max_error`; an unreadable answer (None) counts as `max_error`."""
+        if gold is None:
+            raise ValueError("the right answer is unreadable")
+        return self.max_error if prediction is None else self.distance(prediction, gold)
 
-    def errors(self, completions: Sequence[str], answers: Sequence[str]) -> tuple[list[Reading], np.ndarray]:
-        """The lenient readings, and their errors (B,)."""
-        predictions = [self.predict(completion) for completion in completions]
-        return predictions, np.array([self.error(*pair) for pair in zip(predictions, answers, strict=True)])
+    def closeness(self, completion: Completion, gold: Answer) -> float:
+        """From 1 for the right answer down to -1 for the largest error or an unreadable answer."""
+        return 1 - 2 * self.error(completion.strict_prediction, gold) / self.max_error
+
+    def is_correct(self, completion: str | Completion, answer: str) -> bool:
+        return self.error(self.parse(completion).prediction, self.parse_answer(answer)) == 0
+
+    def errors(self, completions: Sequence[Completion], answers: Sequence[str]) -> np.ndarray:
+        """The errors (B,) of the lenient readings."""
+        golds = [self.parse_answer(answer) for answer in answers]
+        return np.array([self.error(c.prediction, gold) for c, gold in zip(completions, golds, strict=True)])
 
 
 class ClockEvaluator(ClosenessEvaluator):
-    """Times on a dial. The error is the shorter way round the 12-hour circle, in minutes; at most 4.0 reward in all."""
+    """Times on a dial. The error is the shorter way round the 12-hour circle, in minutes."""
 
-    reward_names = ("closeness", "time_format", "strict_format")
+    components: ClassVar = {"closeness": 3.0, "time_format": 0.5, "strict_format": 0.5}
     headline = Headline("mean_abs_error_minutes", "mean error", "min", lower_is_better=True, chance=180.0)
     best_constant = 180.0  # on a circle, no answer is nearer to all times than another
     answer_pattern = CLOCK_TIME
+    gold = "08:15:30"
     max_error = 360.0
 
-    def read(self, text: str) -> str | None:
+    def value(self, match: re.Match[str]) -> str | None:
         """A time as HH:MM:SS; seconds that are not given are 0."""
-        hour, minute, second = ([int(part) for part in text.split(":")] + [0])[:3]
+        hour, minute, second = ([int(part) for part in match.group().split(":")] + [0])[:3]
         return f"{hour:02}:{minute:02}:{second:02}" if hour < 24 and minute < 60 and second < 60 else None
 
-    def error(self, prediction: Reading, answer: str) -> float:
-        if prediction is None:
-            return self.max_error
-        apart = abs(_seconds(prediction) - _seconds(answer)) % 43200  # 13:05 and 01:05 look the same on a dial
-        return min(apart, 43200 - apart) / 60
+    def distance(self, prediction: str | float, gold: str | float) -> float:
+        return clock_error_minutes(clock_seconds(prediction), clock_seconds(gold))
 
-    def score(self, completion: str, answer: str) -> tuple[float, ...]:
-        tagged = tagged_answer(completion) or ""
-        is_time = FULL_CLOCK_TIME.fullmatch(tagged) is not None and self.read(tagged) is not None
+    def time_format(self, completion: Completion, gold: Answer) -> float:
+        """The answer block is a time as HH:MM:SS and nothing else."""
         return (
-            3.0 - 6.0 * self.error(self.predict_strictly(completion), answer) / self.max_error,
-            0.5 * is_time,
-            0.5 * follows_strict_format(completion),
+            completion.strict_prediction is not None and FULL_CLOCK_TIME.fullmatch(completion.tagged or "") is not None
         )
 
-    def measure(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-        predictions, errors = self.errors(completions, answers)  # errors (B,), minutes
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        errors = self.errors(completions, answers)  # (B,), minutes
         return {
             "mean_abs_error_minutes": float(errors.mean()),
             "median_abs_error_minutes": float(np.median(errors)),
             **{f"within_{n}_minute{'s' if n > 1 else ''}": float((errors <= n).mean()) for n in (1, 5, 10)},
-            "unreadable_fraction": predictions.count(None) / len(predictions),
+            "unreadable_fraction": _unreadable_fraction(completions),
         }
 
 
 class CorrelationEvaluator(ClosenessEvaluator):
-    """Correlations from -1 to 1; a number outside is no reading. At most 2.0 reward in all."""
+    """Correlations from -1 to 1; a number outside is unreadable."""
 
-    reward_names = ("closeness", "value_format", "strict_format")
+    components: ClassVar = {"closeness": 1.0, "value_format": 0.5, "strict_format": 0.5}
     headline = Headline("mean_abs_error", "mean error", "", lower_is_better=True, chance=2 / 3)  # two uniform numbers
     best_constant = 0.5  # always 0, with r uniform in [-1, 1]
     answer_pattern = NUMBER
+    gold = "-0.42"
     max_error = 2.0
 
-    def read(self, text: str) -> float | None:
-        value = read_number(text)
+    def value(self, match: re.Match[str]) -> float | None:
+        value = read_number(match.group())
         return float(value) if value is not None and -1 <= value <= 1 else None
 
-    def error(self, prediction: Reading, answer: str) -> float:
-        return self.max_error if prediction is None else abs(prediction - float(answer))
+    def distance(self, prediction: str | float, gold: str | float) -> float:
+        return abs(float(prediction) - float(gold))
 
-    def score(self, completion: str, answer: str) -> tuple[float, ...]:
-        tagged = tagged_answer(completion) or ""
-        is_value = PLAIN_DECIMAL.fullmatch(tagged) is not None and self.read(tagged) is not None
-        return (
-            1.0 - self.error(self.predict_strictly(completion), answer),
-            0.5 * is_value,
-            0.5 * follows_strict_format(completion),
-        )
+    def value_format(self, completion: Completion, gold: Answer) -> float:
+        """The answer block is a decimal number from -1 to 1 and nothing else."""
+        return completion.strict_prediction is not None and PLAIN_DECIMAL.fullmatch(completion.tagged or "") is not None
 
-    def measure(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-        """`pearson_r` is over the readable answers; 0 where one side does not vary."""
-        predictions, errors = self.errors(completions, answers)  # errors (B,)
-        read = [(p, float(a)) for p, a in zip(predictions, answers, strict=True) if p is not None]
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        """`pearson_r` is over the readable answers; 0 if either side is constant."""
+        pairs = [(c.prediction, float(answer)) for c, answer in zip(completions, answers, strict=True)]
+        readable = np.array([pair for pair in pairs if pair[0] is not None])  # (N, 2)
         return {
-            "mean_abs_error": float(errors.mean()),
-            "pearson_r": _pearson_r(np.array(read)) if read else 0.0,
-            "unreadable_fraction": predictions.count(None) / len(predictions),
+            "mean_abs_error": float(self.errors(completions, answers).mean()),
+            "pearson_r": _pearson_r(readable) if len(readable) else 0.0,
+            "unreadable_fraction": _unreadable_fraction(completions),
         }
 
 
@@ -339,21 +387,32 @@ def get_evaluator(name: str) -> RewardEvaluator:
         ValueError: for an unknown task, naming the nearest.
     """
     if name not in EVALUATORS:
-        nearest = difflib.get_close_matches(name, EVALUATORS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(EVALUATORS)}"
-        raise ValueError(f"no evaluator for the task {name!r}; {hint}")
+        raise ValueError(f"no evaluator for the task {name!r}; {did_you_mean(name, EVALUATORS)}")
     evaluator = EVALUATORS[name]()
     evaluator.task = name
     return evaluator
 
 
-def _seconds(time: str) -> int:
-    hour, minute, second = (int(part) for part in time.split(":"))
-    return hour * 3600 + minute * 60 + second
+def clock_error_minutes(a: int | None, b: int | None) -> float:
+    """The shorter way round a 12-hour dial between two times in seconds; 360 if one is unreadable (None)."""
+    return 360.0 if a is None or b is None else min((a - b) % 43200, (b - a) % 43200) / 60
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    """The values as floats; raises a ValueError for one that is not finite."""
+    floats = {name: float(value) for name, value in values.items()}
+    for name, value in floats.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    return floats
+
+
+def _unreadable_fraction(completions: Sequence[Completion]) -> float:
+    return sum(c.prediction is None for c in completions) / len(completions)
 
 
 def _pearson_r(pairs: np.ndarray) -> float:
-    """Correlation of the two columns of pairs (N, 2); 0 where a column does not vary."""
+    """Correlation of the two columns of pairs (N, 2); 0 if a column is constant."""
     centred = pairs - pairs.mean(axis=0)  # (N, 2)
     spread = np.sqrt((centred**2).sum(axis=0))  # (2,)
     if spread.min() < 1e-12:
@@ -365,9 +424,13 @@ def _pearson_r(pairs: np.ndarray) -> float:
 # Statistics of right and wrong answers
 # ---------------------------------------------------------------------------------------------------------------------
 def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share of `correct` out of n, 95 % at z = 1.96 (Wilson, 1927): sound for few and for extreme."""
+    """Confidence interval of the share correct / n, 95 % at z = 1.96 (Wilson, 1927); valid for small n too.
+
+    Raises:
+        ValueError: unless 0 <= correct <= n and n >= 1.
+    """
     if not 0 <= correct <= n or n < 1:
-        raise ValueError(f"no share can be made of {correct} out of {n}")
+        raise ValueError(f"{correct} out of {n} is no share")
     share = correct / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -375,30 +438,30 @@ def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float
 
 
 def pass_at_k(correct: np.ndarray, k: int | None = None) -> float:
-    """The chance that one of k samples is right, from correct (N, n), bool: n samples of each of N questions.
+    """The chance that at least one of k samples is right, from correct (N, n), bool: n samples of each of N questions.
 
     The unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al., "Evaluating Large Language Models Trained on Code"
-    (2021), averaged over questions; c samples of a question are right. k is n where it is not given.
+    (2021), averaged over questions, where c samples of a question are right. k defaults to n.
+
+    Raises:
+        ValueError: unless 1 <= k <= n.
     """
     correct = np.asarray(correct, dtype=bool)  # (N, n)
     n = correct.shape[1]
     k = n if k is None else k
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} cannot be estimated from {n} samples a question")
+        raise ValueError(f"pass@{k} cannot be estimated from {n} samples per question")
     misses = (n - correct.sum(axis=1)).tolist()  # (N,)
     return float(np.mean([1 - math.comb(miss, k) / math.comb(n, k) for miss in misses]))
 
 
-def majority_at_k(
-    predictions: Sequence[Sequence[Reading]], answers: Sequence[str], evaluator: RewardEvaluator
-) -> float:
+def majority_at_k(predictions: Sequence[Sequence[Answer]], answers: Sequence[str], evaluator: RewardEvaluator) -> float:
     """The share of N questions whose most frequent prediction is right.
 
-    `predictions` are N lists of k readings by the evaluator's `predict`; unreadable ones do not vote, and the earlier
-    one wins a tie.
+    `predictions` are N lists of k lenient readings. Unreadable ones do not vote; in a tie the earlier one wins.
     """
     right = 0
     for votes, answer in zip(predictions, answers, strict=True):
         ranking = Counter(vote for vote in votes if vote is not None).most_common(1)
-        right += bool(ranking) and ranking[0][0] == evaluator.read(answer)
+        right += bool(ranking) and ranking[0][0] == evaluator.parse_answer(answer)
     return right / len(answers)

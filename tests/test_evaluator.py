@@ -1,4 +1,7 @@
-"""Reading answers, rewards and metrics: by hand for each component, and under any text a model may write."""
+"""Rewards and metrics: by hand for each component, and under any text a model may write.
+
+The cases of a contract are taken from the registry, so that a task that is registered is tested too.
+"""
 
 import json
 import math
@@ -10,34 +13,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaluator
 from evaluator import (
     EVALUATORS,
     TAGS,
+    Completion,
     RewardError,
     RewardEvaluator,
+    clock_error_minutes,
+    clock_seconds,
     follows_loose_format,
     follows_strict_format,
     get_evaluator,
     majority_at_k,
     pass_at_k,
-    read_number,
-    tag_count_reward,
     tagged_answer,
     wilson_interval,
 )
 
-GOLD = {"gsm8k": "72", "arithmetic": "-5", "clock": "08:15:30", "correlation": "-0.42"}
-LOWEST = {"gsm8k": 0.0, "arithmetic": 0.0, "clock": -3.0, "correlation": -1.0}
-HIGHEST = {"gsm8k": 4.0, "arithmetic": 4.0, "clock": 4.0, "correlation": 2.0}
-
 
 def asked_format(answer: str, reasoning: str = "First this,\nthen that.") -> str:
-    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+    return evaluator.asked_format(reasoning, answer)
 
 
 def components(task: str, completion: str, answer: str | None = None) -> dict[str, float]:
-    evaluator = get_evaluator(task)
-    return dict(zip(evaluator.reward_names, evaluator.score(completion, answer or GOLD[task]), strict=True))
+    scorer = get_evaluator(task)
+    return scorer.score(completion, answer or scorer.gold)
 
 
 def metrics(task: str, completions: list[str], answers: list[str]) -> dict[str, float]:
@@ -45,30 +46,74 @@ def metrics(task: str, completions: list[str], answers: list[str]) -> dict[str, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Contract: gold in the asked format earns the most there is, junk the least, and every component can fire
+# Contract 7: gold in the asked format earns the most there is, junk the least, and every component can fire
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("task", EVALUATORS)
-def test_gold_in_the_asked_format_gets_the_highest_reward_and_junk_the_lowest(task):
-    rewards, _ = get_evaluator(task).compute_rewards(
-        [asked_format(GOLD[task]), "", "what a nice picture", asked_format("I don't know")], [GOLD[task]] * 4
-    )
+def test_gold_earns_the_most_and_junk_the_least(task):
+    scorer = get_evaluator(task)
+    texts = [asked_format(scorer.gold), "", "what a nice picture", asked_format("I don't know")]
+    rewards, _ = scorer.compute_rewards(texts, [scorer.gold] * 4)
     gold, *junk = rewards.sum(dim=1).tolist()
-    assert gold == pytest.approx(HIGHEST[task])
-    assert junk[0] == junk[1] == LOWEST[task]
-    assert LOWEST[task] < junk[2] < gold  # the format alone is worth something
+    assert gold == pytest.approx(scorer.highest)
+    assert junk[0] == junk[1] == scorer.lowest
+    assert scorer.lowest < junk[2] < gold  # the format alone is worth something
     assert (rewards[0] > rewards[1]).all()  # every component fires
 
 
 @pytest.mark.parametrize("task", EVALUATORS)
-def test_rewards_are_a_float32_tensor_of_a_row_a_completion(task):
+def test_rewards_are_float32_with_a_row_per_completion(task):
     import torch
 
-    evaluator = get_evaluator(task)
-    rewards, measured = evaluator.compute_rewards([asked_format(GOLD[task]), "junk", ""], [GOLD[task]] * 3)
-    assert rewards.shape == (3, len(evaluator.reward_names))
+    scorer = get_evaluator(task)
+    rewards, measured = scorer.compute_rewards([asked_format(scorer.gold), "junk", ""], [scorer.gold] * 3)
+    assert rewards.shape == (3, len(scorer.reward_names))
     assert rewards.dtype == torch.float32
-    assert evaluator.headline.metric in measured
+    assert scorer.headline.metric in measured
     assert all(type(value) is float for value in measured.values())
+
+
+@pytest.mark.parametrize("task", EVALUATORS)
+def test_parsed_completions_score_like_their_texts(task):
+    scorer = get_evaluator(task)
+    texts, answers = [asked_format(scorer.gold), f"It is {scorer.gold}.", "junk", ""], [scorer.gold] * 4
+    parsed = [scorer.parse(text) for text in texts]
+    rewards, measured = scorer.compute_rewards(texts, answers)
+    again, measured_again = scorer.compute_rewards(parsed, answers)
+    assert rewards.equal(again) and measured == measured_again
+    assert [one.text for one in parsed] == texts
+    assert [one.strict_format for one in parsed] == [True, False, False, False]
+    assert [one.prediction for one in parsed] == [scorer.predict(text) for text in texts]
+    assert [one.prediction is None for one in parsed] == [False, False, True, True]
+    assert [one.strict_prediction is None for one in parsed] == [False, True, True, True]
+    assert [scorer.is_correct(one, scorer.gold) for one in parsed] == [True, True, False, False]
+    assert [scorer.is_correct(text, scorer.gold) for text in texts] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("task", EVALUATORS)
+def test_a_text_is_read_once(task, monkeypatch):
+    scorer, reads = get_evaluator(task), []
+    monkeypatch.setattr(evaluator, "tagged_answer", lambda text: reads.append(text) or tagged_answer(text))
+    parsed = [scorer.parse(text) for text in (asked_format(scorer.gold), "junk")]
+    scorer.compute_rewards(parsed, [scorer.gold] * 2)
+    scorer.is_correct(parsed[0], scorer.gold)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("task", EVALUATORS)
+def test_a_component_is_a_method_and_an_entry(task):
+    kind = EVALUATORS[task]
+
+    class WithBrevity(kind):
+        components = kind.components | {"brevity": 0.5}
+
+        def brevity(self, completion: Completion, gold) -> float:
+            return completion.strict_prediction == gold and len(completion.text) <= 400
+
+    scorer = WithBrevity()
+    assert scorer.reward_names == (*kind().reward_names, "brevity")
+    assert scorer.highest == kind().highest + 0.5
+    assert scorer.score(asked_format(scorer.gold), scorer.gold)["brevity"] == 0.5
+    assert scorer.score(asked_format(scorer.gold, "x" * 400), scorer.gold)["brevity"] == 0.0
 
 
 def test_several_lines_of_reasoning_earn_the_format_rewards():
@@ -141,7 +186,7 @@ def test_loose(text, expected):
     ],
 )
 def test_tag_count(text, expected):
-    assert tag_count_reward(text) == pytest.approx(expected)
+    assert components("gsm8k", text)["tag_count"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -162,32 +207,8 @@ def test_the_last_complete_answer_counts(text, expected):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers
+# Numbers: GSM8K and arithmetic
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "text", ["1080", "1,080", "$1080", "$1,080.00", "1080.0", " 1080 ", "+1080", "01080", "1.08e3"]
-)
-def test_one_number_in_many_spellings(text):
-    """Compared as texts, `1,080`, `$1080` and `1080.00` were all wrong answers to `1080`."""
-    assert read_number(text) == 1080
-    assert get_evaluator("gsm8k").read(text) == "1080"
-    assert components("gsm8k", asked_format(text), "1080")["correctness"] == 2.0
-    assert components("gsm8k", asked_format("1080"), text.strip())["correctness"] == 2.0
-
-
-@pytest.mark.parametrize(("text", "plain"), [("-5", "-5"), ("−5", "-5"), ("-$5.00", "-5"), ("$-5", "-5"), ("-0", "0")])
-def test_negative_numbers(text, plain):
-    assert get_evaluator("gsm8k").read(text) == plain
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "x", "1,08", "1 080", "--5", "1.2.3", "nan", "inf", "1e999", "1e" + "9" * 30, "9" * 65, "٧٢", "²", "-$-5"],
-)
-def test_what_is_no_number(text):
-    assert read_number(text) is None
-
-
 def test_decimals_are_compared_exactly():
     assert components("gsm8k", asked_format("0.1"), "0.10")["correctness"] == 2.0
     assert components("gsm8k", asked_format("0.10000000000000000001"), "0.1")["correctness"] == 0.0
@@ -230,23 +251,6 @@ def test_correctness_needs_the_tags_but_accuracy_does_not():
     assert measured == {"accuracy": 0.75, "accuracy_strict": 0.25, "format_fraction": 0.5}
 
 
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        ("<answer>7</answer> or 8", "7"),
-        ("<answer>3 + 4 = 7</answer>", "7"),
-        ("<answer>none</answer> but 8", "8"),
-        ("10-3", "3"),
-        ("it is -3", "-3"),
-        ("2 and 1,234,567.50", "1234567.5"),
-        ("<answer>\n72", "72"),
-        ("nothing", None),
-    ],
-)
-def test_lenient_reading_of_numbers(completion, expected):
-    assert get_evaluator("gsm8k").predict(completion) == expected
-
-
 def test_an_unreadable_gold_matches_nothing():
     """None equals None: junk must not become right where the gold itself cannot be read."""
     measured = metrics("gsm8k", [asked_format("junk"), "junk"], ["junk", "junk"])
@@ -284,9 +288,10 @@ def test_clock_error_is_the_shorter_way_round(time_read, minutes):
 
 @given(a=st.integers(0, 43199), b=st.integers(0, 43199))
 def test_clock_error_is_symmetric_and_at_most_six_hours(a, b):
-    evaluator = get_evaluator("clock")
+    scorer = get_evaluator("clock")
     one, other = (f"{t // 3600:02}:{t // 60 % 60:02}:{t % 60:02}" for t in (a, b))
-    assert evaluator.error(one, other) == evaluator.error(other, one) == min((a - b) % 43200, (b - a) % 43200) / 60
+    assert scorer.error(one, other) == scorer.error(other, one) == clock_error_minutes(a, b)
+    assert clock_error_minutes(a, b) == min((a - b) % 43200, (b - a) % 43200) / 60
 
 
 @pytest.mark.parametrize(
@@ -309,6 +314,13 @@ def test_clock_metrics():
         "unreadable_fraction": 0.2,
     }
     assert get_evaluator("clock").predict("I see 8:15 here") == "08:15:00"
+
+
+def test_seconds_of_a_time():
+    assert [clock_seconds(time) for time in ("00:00:01", "1:00:00", "13:00:00")] == [1, 3600, 3600]
+    assert [clock_seconds(time) for time in ("01:00", "x", None, 3600)] == [None] * 4
+    assert clock_error_minutes(clock_seconds("11:59:30"), clock_seconds("00:00:30")) == 1
+    assert clock_error_minutes(None, 0) == clock_error_minutes(0, None) == 360
 
 
 def test_guessing_a_clock_costs_three_hours():
@@ -368,13 +380,11 @@ def test_correlation_of_what_does_not_vary_is_0(contents):
 def test_guessing_correlations():
     rng = np.random.default_rng(0)
     answers = [f"{r:.2f}" for r in rng.uniform(-1, 1, 4000)]
-    evaluator = get_evaluator("correlation")
+    scorer = get_evaluator("correlation")
     guesses = [asked_format(f"{r:.2f}") for r in rng.uniform(-1, 1, 4000)]
-    assert metrics("correlation", guesses, answers)["mean_abs_error"] == pytest.approx(
-        evaluator.headline.chance, abs=0.02
-    )
+    assert metrics("correlation", guesses, answers)["mean_abs_error"] == pytest.approx(scorer.headline.chance, abs=0.02)
     constant = metrics("correlation", [asked_format("0.00")] * 4000, answers)["mean_abs_error"]
-    assert constant == pytest.approx(evaluator.best_constant, abs=0.02)
+    assert constant == pytest.approx(scorer.best_constant, abs=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,12 +421,12 @@ any_text = st.one_of(
 
 
 def check_scored(task: str, completion: str) -> None:
-    evaluator = get_evaluator(task)
-    rewards, measured = evaluator.compute_rewards([completion], [GOLD[task]])
+    scorer = get_evaluator(task)
+    rewards, measured = scorer.compute_rewards([completion], [scorer.gold])
     total = rewards.sum().item()
-    assert LOWEST[task] - 1e-6 <= total <= HIGHEST[task] + 1e-6
+    assert scorer.lowest - 1e-6 <= total <= scorer.highest + 1e-6
     assert all(math.isfinite(value) for value in measured.values())
-    json.dumps(evaluator.predict(completion), allow_nan=False)
+    json.dumps(scorer.predict(completion), allow_nan=False)
 
 
 @pytest.mark.parametrize("task", EVALUATORS)
@@ -452,7 +462,10 @@ PATHOLOGICAL = {
 }
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "clock", "correlation"])
+ONE_PER_CLASS = {kind: task for task, kind in EVALUATORS.items()}.values()
+
+
+@pytest.mark.parametrize("task", ONE_PER_CLASS)
 @pytest.mark.parametrize("case", PATHOLOGICAL)
 def test_pathological_text_is_scored_in_linear_time(task, case):
     """Up to millions of characters in seconds: anything quadratic would take minutes or hours."""
@@ -477,19 +490,59 @@ def test_answers_must_match_completions(completions, answers):
         get_evaluator("gsm8k").compute_rewards(completions, answers)
 
 
-def test_a_failing_reward_names_the_task_and_the_completion(monkeypatch):
-    monkeypatch.setattr(EVALUATORS["clock"], "error", lambda *_: 1 / 0)
-    with pytest.raises(RewardError, match=r"task 'clock' failed on completion 0 of 2, 'half past eight'.*ZeroDivision"):
-        get_evaluator("clock").compute_rewards(["half past eight", "nine"], ["08:15:30"] * 2)
+def broken(kind: type[RewardEvaluator], method: str, result) -> RewardEvaluator:
+    """An evaluator one of whose methods returns `result`, or raises it."""
+
+    def fail(self, *_):
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return type("Broken", (kind,), {method: fail, "task": "mine"})()
 
 
-def test_registered_evaluators_say_what_they_measure():
-    for task in EVALUATORS:
-        evaluator = get_evaluator(task)
-        assert isinstance(evaluator, RewardEvaluator)
-        assert evaluator.task == task
-        assert evaluator.exact == (task in ("gsm8k", "arithmetic"))
-        assert evaluator.headline.lower_is_better != evaluator.exact
+@pytest.mark.parametrize("task", ONE_PER_CLASS)
+@pytest.mark.parametrize("result", [ZeroDivisionError(), math.nan, math.inf, None, "a lot"])
+def test_a_failing_component_names_task_and_completion(task, result):
+    kind = EVALUATORS[task]
+    scorer = broken(kind, next(iter(kind.components)), result)
+    with pytest.raises(RewardError, match=r"rewards of the task 'mine' failed on completion 0 of 2, 'half past"):
+        scorer.compute_rewards(["half past eight", "nine"], [scorer.gold] * 2)
+
+
+@pytest.mark.parametrize("result", [{}, {"correctness": 1.0}, None, (1.0, 0.0, 0.0, 0.0)])
+def test_a_score_that_lacks_a_component_is_refused(result):
+    with pytest.raises(RewardError, match=r"'mine' failed on completion 0 of 1"):
+        broken(EVALUATORS["gsm8k"], "score", result).compute_rewards(["7"], ["7"])
+
+
+@pytest.mark.parametrize("result", [ZeroDivisionError(), {"accuracy": math.nan}, {"accuracy": None}, None])
+def test_failing_metrics_name_the_task(result):
+    with pytest.raises(RewardError, match="metrics of the task 'mine' failed"):
+        broken(EVALUATORS["gsm8k"], "metrics", result).compute_rewards(["7"], ["7"])
+
+
+@pytest.mark.parametrize("task", ONE_PER_CLASS)
+def test_an_answer_that_cannot_be_read_names_task_and_text(task):
+    scorer = broken(EVALUATORS[task], "value", ZeroDivisionError())
+    with pytest.raises(RewardError, match=f"'It is {scorer.gold}' in the task 'mine' failed: ZeroDivision"):
+        scorer.parse(f"It is {scorer.gold}")
+
+
+def test_an_unreadable_gold_is_refused_where_errors_are_measured():
+    with pytest.raises(RewardError, match="right answer is unreadable"):
+        get_evaluator("clock").compute_rewards(["08:15:30"], ["half past eight"])
+
+
+@pytest.mark.parametrize("task", EVALUATORS)
+def test_registered_evaluators_are_complete(task):
+    scorer = get_evaluator(task)
+    assert isinstance(scorer, RewardEvaluator)
+    assert scorer.task == task
+    assert scorer.lowest < scorer.highest
+    assert scorer.is_correct(scorer.gold, scorer.gold)
+    assert scorer.right_or_wrong in (True, False)
+    assert all(hasattr(scorer.headline, name) for name in ("metric", "label", "unit", "chance"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
