@@ -196,6 +196,23 @@ class RewardEvaluator(ABC):
             metrics = _finite(self.metrics(parsed, answers))
         return torch.tensor(rows, dtype=torch.float32), metrics  # (B, K)
 
+    def sampling_metrics(
+        self, completions: Sequence[Completion], answers: Sequence[str], samples: Sequence[Sequence[Completion]]
+    ) -> dict[str, float]:
+        """The 95 % interval of the accuracy; pass@k and majority@k if there are k further `samples` of each question.
+        Empty unless answers are right or wrong."""
+        if not self.right_or_wrong:
+            return {}
+        right = sum(self.is_correct(c, answer) for c, answer in zip(completions, answers, strict=True))
+        low, high = wilson_interval(right, len(completions))
+        found = {"accuracy_low": low, "accuracy_high": high}
+        if samples:
+            k, pairs = len(samples[0]), list(zip(samples, answers, strict=True))
+            correct = np.array([[self.is_correct(c, answer) for c in row] for row, answer in pairs])  # (N, k)
+            votes = [[c.prediction for c in row] for row in samples]
+            found |= {f"pass@{k}": pass_at_k(correct), f"majority@{k}": majority_at_k(votes, answers, self)}
+        return found
+
     # --- Reward components of every format ---
 
     def strict_format(self, completion: Completion, gold: Answer) -> float:

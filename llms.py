@@ -225,6 +225,19 @@ def refuse_unknown_head(model: Any, name: str) -> None:
         raise ModelError(f"{name} has no plain output embedding, which the log-probabilities are computed from")
 
 
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing: recompute layers in the backward pass instead of keeping their activations.
+
+    transformers does so in train mode only, in which dropout would be active: it is set to zero.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
 class readable_errors:  # lower case, like the context managers of the standard library
     """Turns the errors of a hub or a model folder into a ModelError of one line."""
 

@@ -18,6 +18,7 @@ import layers
 from llms import KEPT_BYTES, LLM, Prompts
 
 if TYPE_CHECKING:
+    from config import Config
     from rollout import Rollout
 
 LOGIT_CHUNK_BYTES = 256 * 2**20  # memory for the logits of one chunk of tokens
@@ -66,6 +67,16 @@ def token_logps_and_entropy(
     padded = F.pad(mask, (0, full_length - length))  # (B, T)
     zeros = torch.zeros(padded.shape, device=padded.device, dtype=logps.dtype)
     return zeros.masked_scatter(padded, logps), zeros.masked_scatter(padded, entropy)
+
+
+@torch.no_grad()
+def reference_logps(llm: LLM, reference: torch.nn.Module, rollout: Rollout, config: Config) -> Tensor:
+    """(B, T) log-probabilities of the completions under the frozen reference, a micro-batch at a time."""
+    logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
+    share_prompt = not config.gradient_checkpointing
+    for rows in rollout.micro_batches(config.micro_batch_tokens):
+        logps[rows] = token_logps(llm, rollout, config.temperature, rows, reference, share_prompt)
+    return logps
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import functools
 import math
 import sys
 import time
-from dataclasses import dataclass
 
 from config import Config, Objective, parse_args
 
@@ -34,13 +33,14 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from evaluator import RewardEvaluator, get_evaluator, majority_at_k, pass_at_k, wilson_interval
-from llms import LLM, encode_prompts, load_llm, refuse_unfit_model
-from logprobs import token_logps, token_logps_and_entropy
-from optimizer import MasterAdamW
-from rldatasets import Dataset, Example, TrainLoader, get_dataloaders
+from batch import Batch, evaluation_metrics
+from evaluator import Completion, RewardEvaluator, get_evaluator
+from llms import LLM, encode_prompts, load_llm, recompute_activations, refuse_unfit_model
+from logprobs import reference_logps, token_logps_and_entropy
+from optimizer import MasterAdamW, sync_reference
+from rldatasets import Dataset, TrainLoader, get_dataloaders
 from rollout import Rollout, Sampler
-from run import Run, due, exit_status, readable_groups
+from run import Run, due, exit_status
 from tiny_models import tiny_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,126 +149,63 @@ def loss_divisor(objective: Objective, mask: Tensor, max_completion_length: int)
     return float(divisors[objective.normalizer])
 
 
-def overlong_penalty(lengths: Tensor, max_completion_length: int, buffer_share: float) -> Tensor:
-    """(B,) from 0 down to −1 over the last `buffer_share` of the allowed length (DAPO, arXiv 2503.14476, eq. 13)."""
-    if not buffer_share:
+def overlong_penalty(lengths: Tensor, config: Config) -> Tensor:
+    """(B,) from 0 down to −1 over the last part of the allowed length (DAPO, arXiv 2503.14476, eq. 13)."""
+    if not config.objective.overlong_buffer:
         return torch.zeros(len(lengths))
-    buffer = max(1.0, buffer_share * max_completion_length)
-    return -((lengths - (max_completion_length - buffer)) / buffer).clamp(0, 1)
+    allowed = config.max_completion_length
+    buffer = max(1.0, config.objective.overlong_buffer * allowed)
+    return -((lengths.cpu() - (allowed - buffer)) / buffer).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 
 
-@dataclass
-class Batch:
-    """Groups of completions with their rewards: Q examples, a rollout of B rows, rewards (B, K)."""
-
-    examples: list[Example]
-    rollout: Rollout
-    rewards: Tensor
-
-    def totals(self) -> Tensor:  # (B,)
-        return self.rewards.sum(1)
-
-    def varied(self) -> Tensor:
-        """(Q,) True where the rewards of a group are not all equal."""
-        groups = self.totals().view(-1, self.rollout.num_generations)  # (Q, G)
-        return groups.amax(1) > groups.amin(1)
-
-    def select(self, groups: list[int]) -> Batch:
-        rewards = self.rewards.unflatten(0, (-1, self.rollout.num_generations))[groups]  # (kept, G, K)
-        return Batch([self.examples[q] for q in groups], self.rollout.select(groups), rewards.flatten(0, 1))
-
-
 def sample_and_score(
     config: Config, sampler: Sampler, loader: TrainLoader, evaluator: RewardEvaluator, run: Run
 ) -> tuple[Batch, dict[str, float]]:
-    """Sample G completions for each of Q prompts and score them -> the batch to train on, and the record's columns.
-
-    With dynamic sampling the batch has other groups than those first sampled. The columns describe the completions
-    first sampled; `replaced_fraction`, `resampled_tokens` and `trained/*` say what replacing changed.
-    """
-    batch, metrics = sample_groups(config, sampler, loader, evaluator, run)
-    objective, lengths = config.objective, batch.rollout.lengths  # (B,)
-    groups = batch.totals().view(-1, config.num_generations)  # (Q, G)
-    means = zip(evaluator.reward_names, batch.rewards.mean(0).tolist(), strict=True)
-    record = {
-        "reward": float(groups.mean()),
-        "reward_std": float(groups.std(1).mean()),
-        **{f"rewards/{name}": mean for name, mean in means},
-        **metrics,
-        "completion_length": float(lengths.float().mean()),
-        "truncated_fraction": 1 - float(batch.rollout.finished.float().mean()),
-        "zero_std_fraction": float((~batch.varied()).float().mean()),
-        "tokens": int(lengths.sum()),
-    }
-    if objective.overlong_buffer:
-        penalty = overlong_penalty(lengths, config.max_completion_length, objective.overlong_buffer)  # (B,)
-        record["overlong_penalty"] = float(penalty.mean())
-    if objective.dynamic_sampling:
-        batch, changes = replace_equal_groups(config, batch, sampler, loader, evaluator, run)
-        record |= changes
-    return batch, record
-
-
-def sample_groups(
-    config: Config, sampler: Sampler, loader: TrainLoader, evaluator: RewardEvaluator, run: Run
-) -> tuple[Batch, dict[str, float]]:
-    """Q groups for the next prompts, with their rewards, and the task's metrics over their completions."""
+    """Sample G completions for each of Q prompts and score them -> the batch, and its columns of the record."""
     examples, prompts = next(loader)
     with run.timed("rollout"):
         rollout = sampler.sample(prompts, config.num_generations, config.max_completion_length, config.temperature)
     with run.timed("reward"):
+        completions = [evaluator.parse(text) for text in rollout.texts]  # B
         answers = [example.answer for example in examples for _ in range(config.num_generations)]  # B
-        rewards, metrics = evaluator.compute_rewards(rollout.texts, answers)  # (B, K)
-    if config.shuffle_rewards:  # a control: rewards that say nothing about their completions must not teach anything
+        rewards, metrics = evaluator.compute_rewards(completions, answers)  # (B, K)
+    if config.shuffle_rewards:  # a control: rewards that do not belong to their completions must not teach anything
         generator = torch.Generator().manual_seed(loader.state_dict()["position"])
         rewards = rewards[torch.randperm(len(rewards), generator=generator)]
-    return Batch(examples, rollout, rewards), metrics
+    batch = Batch(examples, rollout, completions, rewards)
+    if config.objective.overlong_buffer:
+        metrics["overlong_penalty"] = float(overlong_penalty(rollout.lengths, config).mean())
+    return batch, batch.record(evaluator.reward_names) | metrics
 
 
 def replace_equal_groups(
     config: Config, first: Batch, sampler: Sampler, loader: TrainLoader, evaluator: RewardEvaluator, run: Run
 ) -> tuple[Batch, dict[str, float]]:
-    """Replace groups of equal rewards, which have no gradient, by groups of further prompts (DAPO, section 3.2), in at
-    most --max_resamples rounds; the last round fills up with what it has. Returns the batch, and what changed."""
-    kept = [first.select(first.varied().nonzero()[:, 0].tolist())]
-    missing = config.prompts_per_step - len(kept[0].examples)
-    replaced, tokens = missing, 0
-    for rounds_left in range(config.max_resamples - 1, -1, -1):
+    """Replace groups of equal rewards, which have no gradient, by groups of further prompts, in at most
+    --max_resamples rounds (DAPO, section 3.2); the last round fills up with equal ones. Returns the batch, and columns
+    for what replacing changed: all others describe the completions first sampled."""
+    parts, tokens = [first.select(first.varied().nonzero()[:, 0].tolist())], 0
+    missing = replaced = config.prompts_per_step - len(parts[0].examples)
+    for rounds_left in reversed(range(config.max_resamples if missing else 0)):
+        more, _ = sample_and_score(config, sampler, loader, evaluator, run)
+        tokens += int(more.rollout.lengths.sum())
+        order = more.varied().int().argsort(descending=True, stable=True).tolist()  # varied groups first
+        usable = int(more.varied().sum()) if rounds_left else len(order)
+        parts.append(more.select(order[: min(missing, usable)]))
+        missing -= len(parts[-1].examples)
         if not missing:
             break
-        new, _ = sample_groups(config, sampler, loader, evaluator, run)
-        tokens += int(new.rollout.lengths.sum())
-        order = new.varied().int().argsort(descending=True, stable=True).tolist()  # varied groups first
-        usable = len(order) if rounds_left == 0 else int(new.varied().sum())
-        kept.append(new.select(order[: min(missing, usable)]))
-        missing -= len(kept[-1].examples)
-    parts = [batch for batch in kept if batch.examples]
-    batch = Batch(
-        [example for part in parts for example in part.examples],
-        Rollout.cat([part.rollout for part in parts]),
-        torch.cat([part.rewards for part in parts]),
-    )
+    batch = Batch.cat([part for part in parts if part.examples])
     return batch, {
         "replaced_fraction": replaced / config.prompts_per_step,
         "resampled_tokens": tokens,
-        "trained/reward": float(batch.totals().mean()),
+        "trained/reward": float(batch.groups.mean()),
         "trained/completion_length": float(batch.rollout.lengths.float().mean()),
     }
-
-
-def reference_logps(config: Config, llm: LLM, reference: torch.nn.Module, rollout: Rollout) -> Tensor:
-    """(B, T) log-probabilities of the completions under the frozen reference."""
-    ref_logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
-    with torch.no_grad():
-        for rows in rollout.micro_batches(config.micro_batch_tokens):
-            ref_logps[rows] = token_logps(
-                llm, rollout, config.temperature, rows, reference, share_prompt=not config.gradient_checkpointing
-            )
-    return ref_logps
 
 
 def accumulate_gradients(
@@ -289,7 +226,8 @@ def accumulate_gradients(
 
     Returns: the step's loss (0-d), its statistics as floats, and log π (B, T) without gradients.
     """
-    loss, sums = torch.zeros((), device=llm.device), {}
+    loss: Tensor = torch.zeros((), device=llm.device)
+    sums: dict[str, tuple] = {}
     llm.model.train(config.gradient_checkpointing)  # transformers recomputes layers in train mode only; no dropout
     divisor = loss_divisor(config.objective, mask, config.max_completion_length)  # the same for all micro-batches
     all_logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
@@ -306,26 +244,17 @@ def accumulate_gradients(
         part.backward()
         loss = loss + part.detach()
         sampled = rollout.sampled_mask[rows]  # (b, T)
-        for name, mean in stats.items():
-            add_to_mean(sums, name, mean, mask[rows].sum())
-        for name, values in {"entropy": entropy, "sampler_logp_diff": drift.abs()}.items():
-            count = sampled.sum()
-            add_to_mean(sums, name, (values * sampled).sum() / count.clamp(min=1), count)
+        stats |= {"entropy": masked_mean(entropy, sampled), "sampler_logp_diff": masked_mean(drift.abs(), sampled)}
+        for name, mean in stats.items():  # the mean over the step: the micro-batches' means, weighted by their tokens
+            count = (sampled if name in ("entropy", "sampler_logp_diff") else mask[rows]).sum()
+            total, tokens = sums.get(name, (0.0, 0))
+            sums[name] = (total + mean * count, tokens + count)
     llm.model.eval()  # the sampler needs the key-value cache, which transformers drops in train mode
     return loss, {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}, all_logps
 
 
-def add_to_mean(sums: dict[str, tuple[Tensor, Tensor]], name: str, mean: Tensor, count: Tensor) -> None:
-    """Add a micro-batch's mean over `count` tokens to the step's."""
-    total, tokens = sums.get(name, (torch.zeros_like(mean), torch.zeros_like(count)))
-    sums[name] = (total + mean * count, tokens + count)
-
-
-@torch.no_grad()
-def sync_reference(reference: torch.nn.Module, model: torch.nn.Module, alpha: float) -> None:
-    """reference ← alpha · model + (1 − alpha) · reference."""
-    for old, new in zip(reference.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, alpha)
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,11 +284,13 @@ def train(
 
         # 1. Sample G completions for each of Q prompts, and score them.
         batch, record = sample_and_score(config, sampler, loader, evaluator, run)
-        rollout, lengths = batch.rollout, batch.rollout.lengths.cpu()  # (B,)
+        if objective.dynamic_sampling:
+            batch, changes = replace_equal_groups(config, batch, sampler, loader, evaluator, run)
+            record |= changes
+        rollout = batch.rollout
 
         # 2. Compare each completion with its group.
-        penalty = overlong_penalty(lengths, config.max_completion_length, objective.overlong_buffer)  # (B,)
-        scores = batch.totals() + penalty  # (B,)
+        scores = batch.rewards.sum(1) + overlong_penalty(rollout.lengths, config)  # (B,)
         advantages = group_advantages(scores, config.num_generations, objective.scale_rewards).to(llm.device)  # (B,)
 
         # 3. Learn: μ updates from the same completions. π_old is π before the first of them.
@@ -370,7 +301,7 @@ def train(
         for _ in range(min(config.num_iterations, config.max_steps - step)):
             with run.timed("loss"):
                 if reference is not None and ref_logps is None:
-                    ref_logps = reference_logps(config, llm, reference, rollout)  # (B, T)
+                    ref_logps = reference_logps(llm, reference, rollout, config)  # (B, T)
                 loss, stats, logps = accumulate_gradients(config, llm, rollout, advantages, mask, old_logps, ref_logps)
                 stats |= optimizer.step(loss)
                 old_logps = logps if old_logps is None else old_logps  # (B, T)
@@ -383,7 +314,7 @@ def train(
         # 4. Log samples, evaluate, save.
         if due(config.log_completions_steps, step, previous) or previous == 0:
             groups = config.log_completions_groups
-            run.log_samples(readable_groups(evaluator, batch, scores.tolist(), advantages.tolist(), groups))
+            run.log_samples(batch.readable(evaluator, scores.tolist(), advantages.tolist(), groups))
         if due(config.eval_steps, step, previous) and step < config.max_steps:
             run.log_eval(*evaluate(config, sampler, test_set, evaluator))
         unsaved = unsaved or due(config.save_steps, step, previous)
@@ -411,7 +342,7 @@ def evaluate(
     """
     start, k = time.perf_counter(), config.eval_samples
     batches: list[Batch] = []
-    samples: list[list[str]] = []  # k further answers to each question
+    samples: list[list[Completion]] = []  # k further answers to each question
     with sampler.seeded(0):
         for first in range(0, len(test_set), config.eval_batch_size):
             examples = [test_set[i] for i in range(first, min(first + config.eval_batch_size, len(test_set)))]
@@ -421,42 +352,17 @@ def evaluate(
                 continue
             examples, prompts = [examples[i] for i in fitting], prompts.select(fitting)
             rollout = sampler.sample(prompts, 1, config.max_completion_length, temperature=0)
-            rewards, _ = evaluator.compute_rewards(rollout.texts, [example.answer for example in examples])  # (n, K)
-            batches.append(Batch(examples, rollout, rewards))
+            completions = [evaluator.parse(text) for text in rollout.texts]
+            rewards, _ = evaluator.compute_rewards(completions, [example.answer for example in examples])  # (n, K)
+            batches.append(Batch(examples, rollout, completions, rewards))
             if k > 1:
                 texts = sampler.sample(prompts, k, config.max_completion_length, config.temperature).texts
-                samples += [texts[i : i + k] for i in range(0, len(texts), k)]
-    groups = [group for batch in batches for group in readable_groups(evaluator, batch)]
-    metrics = evaluation_metrics(batches, samples, evaluator)
+                more = [evaluator.parse(text) for text in texts]
+                samples += [more[i : i + k] for i in range(0, len(more), k)]
+    groups = [group for batch in batches for group in batch.readable(evaluator)]
+    metrics = evaluation_metrics(evaluator, batches, samples)
     metrics |= {"skipped_prompts": len(test_set) - len(groups), "seconds": time.perf_counter() - start}
     return metrics, groups
-
-
-def evaluation_metrics(batches: list[Batch], samples: list[list[str]], evaluator: RewardEvaluator) -> dict[str, float]:
-    """The metrics over all answers of an evaluation; `samples` has k further answers to each question, or is empty."""
-    answers = [example.answer for batch in batches for example in batch.examples]  # N
-    texts = [text for batch in batches for text in batch.rollout.texts]  # N
-    rewards = torch.cat([batch.rewards for batch in batches])  # (N, K)
-    lengths = torch.cat([batch.rollout.lengths for batch in batches])  # (N,)
-    finished = torch.cat([batch.rollout.finished for batch in batches])  # (N,)
-    means = zip(evaluator.reward_names, rewards.mean(0).tolist(), strict=True)
-    metrics = {
-        "num_examples": len(texts),
-        "avg_reward": float(rewards.sum(1).mean()),
-        **{f"rewards/{name}": mean for name, mean in means},
-        **evaluator.measure(texts, answers),
-        "completion_length": float(lengths.float().mean()),
-        "truncated_fraction": 1 - float(finished.float().mean()),
-    }
-    if evaluator.exact:
-        right = sum(map(evaluator.is_correct, texts, answers))
-        metrics["accuracy_low"], metrics["accuracy_high"] = wilson_interval(right, len(texts))
-        if samples:
-            k = len(samples[0])
-            correct = [[evaluator.is_correct(t, a) for t in row] for row, a in zip(samples, answers, strict=True)]
-            votes = [[evaluator.predict(text) for text in row] for row in samples]
-            metrics |= {f"pass@{k}": pass_at_k(correct), f"majority@{k}": majority_at_k(votes, answers, evaluator)}
-    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,7 +370,7 @@ def evaluation_metrics(batches: list[Batch], samples: list[list[str]], evaluator
 
 
 def set_up_and_train(config: Config) -> int:
-    """Load the model and the task, refuse what cannot work before anything is written, train. Returns the exit status."""
+    """Load model and task, refuse what cannot work before anything is written, train. Returns the exit status."""
     evaluator = get_evaluator(config.dataset_name)
     with Run(config, evaluator) as run:
         model_path = config.model_path
@@ -477,6 +383,8 @@ def set_up_and_train(config: Config) -> int:
         where = (config.dataset_path, config.dataset_options, encode, config.max_prompt_length)
         loader, test_set = get_dataloaders(*task, *where)
         refuse_unfit_model(config, llm, test_set)
+        if config.gradient_checkpointing:
+            recompute_activations(llm.model)
         steps = math.ceil(config.num_train_epochs * loader.steps_per_epoch) * config.num_iterations
         config = dataclasses.replace(config, max_steps=config.max_steps or max(1, steps))
         run.open(config, llm, len(loader.dataset), len(test_set))

@@ -101,3 +101,10 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     done = min(1.0, (step - warmup_steps - 1) / max(1, total_steps - warmup_steps))
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * factor[config.lr_scheduler_type]
+
+
+@torch.no_grad()
+def sync_reference(reference: torch.nn.Module, model: torch.nn.Module, alpha: float) -> None:
+    """reference ← alpha · model + (1 − alpha) · reference."""
+    for old, new in zip(reference.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, alpha)

@@ -60,8 +60,8 @@ class Progress:
             interval = f" (95 % interval {100 * metrics['accuracy_low']:.1f} to {100 * metrics['accuracy_high']:.1f})"
         value = format_value(metrics[self.headline.metric], self.headline.unit)
         self.say(
-            f"evaluation at step {step}: {self.headline.label} {value}{interval} · reward {metrics['avg_reward']:.3f} · "
-            f"{metrics['num_examples']} examples in {metrics['seconds']:.0f} s"
+            f"evaluation at step {step}: {self.headline.label} {value}{interval} · reward "
+            f"{metrics['avg_reward']:.3f} · {metrics['num_examples']} examples in {metrics['seconds']:.0f} s"
         )
 
     def close(self) -> None:

@@ -15,20 +15,17 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from config import Config
 from evaluator import RewardError, RewardEvaluator
-from llms import LLM, plain_text
+from llms import LLM
 from progress import PYTHON, Progress, setup_lines, summary_lines
 from run_folder import RunFolder, RunFolderError, hardware_and_versions, read_records
-
-if TYPE_CHECKING:
-    from main import Batch
 
 try:
     import resource
@@ -225,45 +222,6 @@ def due(every: int, step: int, previous: int) -> bool:
     return every > 0 and step // every > previous // every
 
 
-def readable_groups(
-    evaluator: RewardEvaluator,
-    batch: Batch,
-    scores: Sequence[float] | None = None,
-    advantages: Sequence[float] | None = None,
-    count: int | None = None,
-) -> list[dict]:
-    """The first `count` groups of a batch as the run folder keeps them for reading.
-
-    Args:
-        scores: B totals; None: the sums of the reward components. advantages: B; None in evaluations.
-    """
-    rollout, G = batch.rollout, batch.rollout.num_generations
-    scores = batch.rewards.sum(1).tolist() if scores is None else scores
-    lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
-
-    def readable_completion(row: int) -> dict:
-        return {
-            "text": rollout.texts[row],
-            "rewards": dict(zip(evaluator.reward_names, batch.rewards[row].tolist(), strict=True)),
-            "reward": scores[row],
-            "advantage": None if advantages is None else advantages[row],
-            "length": lengths[row],
-            "truncated": not finished[row],
-            "prediction": evaluator.predict(rollout.texts[row]),
-        }
-
-    return [
-        {
-            "id": example.id,
-            "prompt": "\n\n".join(plain_text(message["content"]) for message in example.messages),
-            "image_data": example.images[0] if example.images else None,
-            "answer": example.answer,
-            "completions": [readable_completion(row) for row in range(q * G, (q + 1) * G)],
-        }
-        for q, example in enumerate(batch.examples[:count])
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is checked before a run starts or resumes
 
@@ -346,7 +304,8 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def exit_status(work: Callable[[Config], int], config: Config) -> int:
-    """The status of `work(config)`; an error becomes one line on stderr and status 2. GRPO_TRACEBACK=1 shows the rest."""
+    """The status of `work(config)`; an error becomes one line on stderr and status 2, and with GRPO_TRACEBACK=1 a
+    traceback."""
     try:
         return work(config)
     except KeyboardInterrupt:  # before or after training; during training Run handles the signal
