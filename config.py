@@ -182,6 +182,11 @@ class Config:
 
     argv: tuple[str, ...] = ()  # the arguments as given
 
+    def with_steps(self, steps_per_epoch: int) -> Config:
+        """The same settings with `max_steps` known: --max_steps, or --num_train_epochs times the steps of an epoch."""
+        steps = math.ceil(self.num_train_epochs * steps_per_epoch) * self.num_iterations
+        return dataclasses.replace(self, max_steps=self.max_steps or max(1, steps))
+
     def flags(self) -> dict[str, Any]:
         """Every flag by name, for config.json; the choices of the objective under their own names."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "argv"}

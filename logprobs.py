@@ -69,6 +69,11 @@ def token_logps_and_entropy(
     return zeros.masked_scatter(padded, logps), zeros.masked_scatter(padded, entropy)
 
 
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean (0-d) of values (B, T) where mask (B, T) is True; 0 where it never is."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
 @torch.no_grad()
 def reference_logps(llm: LLM, reference: torch.nn.Module, rollout: Rollout, config: Config) -> Tensor:
     """(B, T) log-probabilities of the completions under the frozen reference, a micro-batch at a time."""

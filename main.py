@@ -19,9 +19,7 @@ prompt i // G), b rows of a micro-batch, T completion tokens (right-padded), K r
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 import sys
 import time
 
@@ -36,7 +34,7 @@ from torch import Tensor
 from batch import Batch, evaluation_metrics
 from evaluator import Completion, RewardEvaluator, get_evaluator
 from llms import LLM, encode_prompts, load_llm, recompute_activations, refuse_unfit_model
-from logprobs import reference_logps, token_logps_and_entropy
+from logprobs import masked_mean, reference_logps, token_logps_and_entropy
 from optimizer import MasterAdamW, sync_reference
 from rldatasets import Dataset, TrainLoader, get_dataloaders
 from rollout import Rollout, Sampler
@@ -253,10 +251,6 @@ def accumulate_gradients(
     return loss, {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}, all_logps
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -378,15 +372,15 @@ def set_up_and_train(config: Config) -> int:
             model_path = str(tiny_model(config.dataset_name, config.dataset_path, config.dataset_options))
         how = (config.device, config.dtype, config.attn_implementation)
         llm = load_llm(run.checkpoint or model_path, *how)
-        task = (config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed)
-        encode = functools.partial(encode_prompts, llm)
-        where = (config.dataset_path, config.dataset_options, encode, config.max_prompt_length)
-        loader, test_set = get_dataloaders(*task, *where)
+        loader, test_set = get_dataloaders(
+            *(config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed),
+            *(config.dataset_path, config.dataset_options, functools.partial(encode_prompts, llm)),
+            max_prompt_length=config.max_prompt_length,
+        )
         refuse_unfit_model(config, llm, test_set)
         if config.gradient_checkpointing:
             recompute_activations(llm.model)
-        steps = math.ceil(config.num_train_epochs * loader.steps_per_epoch) * config.num_iterations
-        config = dataclasses.replace(config, max_steps=config.max_steps or max(1, steps))
+        config = config.with_steps(loader.steps_per_epoch)
         run.open(config, llm, len(loader.dataset), len(test_set))
         if config.eval_only:
             return run.finish_evaluation(*evaluate(config, Sampler(llm), test_set, evaluator))
