@@ -8,7 +8,7 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 SIGN = r"(?:(?<![\w)\]])[-−+]\$?|\$[-−]?)?"
 NUMBER = re.compile(rf"{SIGN}(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 INTEGER = re.compile(rf"[-−+]?{DIGITS}")
-PLAIN_DECIMAL = re.compile(r"[-−+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+PLAIN_DECIMAL = re.compile(r"[-−+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 CLOCK_TIME = re.compile(r"(?<![0-9:])[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?![0-9:])")
 FULL_CLOCK_TIME = re.compile(r"[0-9]{2}:[0-9]{2}:[0-9]{2}")
 
