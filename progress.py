@@ -159,3 +159,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         swapped = [one for one in near if sorted(one) == sorted(name)]  # "gpro" means grpo, not gspo
         return f"did you mean {(swapped or near)[0]!r}?"
     return f"choose from {', '.join(known)}" if known else "there is none"
+
+
+def make_output_safe() -> None:
+    """Lets print replace characters that the terminal's encoding lacks, instead of raising UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams have no encoding
+            stream.reconfigure(errors="replace")
