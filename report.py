@@ -1,8 +1,8 @@
-"""What runs left on disk, as data: records, samples, final scores, and `report.html`. Draws nothing; see plotter.py.
+"""Reads run folders for plotter.py, which draws them: records, samples, final scores. Writes `report.html`.
 
-The report is one file that opens from disk and can be sent to anyone. Whatever a model wrote travels in it as data: all
-of it is JSON in `report_template.html`, and the page only ever shows it as text. The page's own rule (its
-Content-Security-Policy) forbids every other script and every request.
+The report is one file without links to others, so it can be sent to anyone. It holds what a model wrote as JSON, and
+`report_template.html` shows that as text only. The page's Content-Security-Policy forbids all other scripts and all
+requests.
 """
 
 import base64
@@ -19,33 +19,45 @@ from pathlib import Path
 
 import numpy as np
 
+from progress import format_duration, format_value
+from run_folder import CONFIG, LOG, METRICS, SAMPLES, read_records, step_of
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a run folder
 
-# Escape codes, lone surrogates and marks that turn the direction of text: they would act instead of being seen.
-ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Escape codes, lone surrogates and bidi marks, which a terminal or browser would interpret.
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
-def visible(text) -> str:
-    """`text` with control characters replaced by their pictures (␛), or by � where there is none."""
-    return ACTING.sub(lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 32 else "�", str(text).replace("\r\n", "\n"))
+def visible(text: object) -> str:
+    """`text` with control characters replaced by their pictures (␛), or by � if they have none."""
+    lines = str(text).replace("\r\n", "\n")
+    return CONTROL_CHARACTERS.sub(lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 32 else "�", lines)
 
 
-def is_number(value) -> bool:
+def print_error(message: object) -> None:
+    """Prints one line to stderr."""
+    print("plotter.py:", " ".join(visible(message).split()), file=sys.stderr)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def number(value) -> float | None:
-    """`value` as a number where it is one ("$1,080" is), else None."""
+def parse_number(value: object) -> float | None:
+    """`value` as a number if it is one ("$1,080" is), else None."""
     try:
-        parsed = float(re.sub(r"[$,%\s]", "", value) if isinstance(value, str) else value)
+        number = float(re.sub(r"[$,%\s]", "", value) if isinstance(value, str) else value)
     except (TypeError, ValueError):
         return None
-    return parsed if math.isfinite(parsed) else None
+    return number if math.isfinite(number) else None
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`; {} when there is none, with a warning when the file is damaged."""
+    """The JSON object in `path`; {} if there is none, with a warning if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
@@ -53,28 +65,13 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        print(f"plotter.py: {path} is damaged or half written: left out", file=sys.stderr)
+        print_error(f"{path} is damaged or half written: left out")
         return {}
     return content
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a JSON list, up to where it was cut off; of a step logged twice the last record counts."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    decoder, before_record, position, records = json.JSONDecoder(), re.compile(r"[\s,\[]*(?=\{)"), 0, {}
-    while start := before_record.match(text, position):
-        try:
-            record, position = decoder.raw_decode(text, start.end())
-        except (ValueError, RecursionError):
-            print(f"plotter.py: {path} is cut off after {len(records)} records: the rest is left out", file=sys.stderr)
-            break
-        if is_number(record.get("step")):
-            records[record["step"]] = record
-    return [records[step] for step in sorted(records)]
-
-
 def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) where the metric is a finite number."""
+    """(steps, values) of the records in which the metric is a finite number; both have shape (records,)."""
     points = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values
@@ -82,7 +79,7 @@ def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Run:
-    """What one run left on disk; its training and evaluation records are sorted by step."""
+    """The logs of one run; training and evaluation records are sorted by step."""
 
     folder: Path
     config: dict
@@ -95,7 +92,7 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        """The flags that say what the run does, a task's own options among them."""
+        """The flags that change what the run computes, and the task's options."""
         options = {k: v for value in self.flags.values() if isinstance(value, dict) for k, v in value.items()}
         return {k: v for k, v in (self.flags | options).items() if k not in NOT_A_SETTING and not isinstance(v, dict)}
 
@@ -105,28 +102,27 @@ class Run:
 
     @property
     def headline(self) -> dict:
-        """The task's one number, or the mean reward where the configuration does not name it."""
+        """The metric by which the task is judged; the mean reward if config.json names none."""
         named = self.task.get("headline") or {}
         return named if named.get("metric") else {"metric": "avg_reward", "label": "mean reward"}
 
     @property
-    def exact(self) -> bool:
-        """Answers are right or wrong, rather than near or far."""
+    def right_or_wrong(self) -> bool:
+        """Whether an answer is right or wrong, rather than at some distance from the right one."""
         return self.headline["metric"].startswith("accuracy")
 
     def sample_files(self, kind: str) -> dict[int, Path]:
-        """step -> file with the samples of "train" or "eval", in the order of the steps."""
-        pattern = {"train": "train_samples/step_*.json", "eval": "eval_logs/samples_*.json"}[kind]
-        found = {int(m[1]): path for path in self.folder.glob(pattern) if (m := re.search(r"_(\d+)\.json$", path.name))}
-        return dict(sorted(found.items()))
+        """{step: file} of the samples of "train" or "eval", sorted by step."""
+        files = {step_of(path): path for path in self.folder.glob(SAMPLES[kind])}
+        return {step: files[step] for step in sorted(files) if step >= 0}
 
     def read_samples(self, path: Path) -> list[dict]:
-        """The groups of a samples file, every field present and its texts harmless."""
+        """The groups of a samples file, with all fields, and with control characters replaced in all texts."""
         groups = []
         for raw in read_json(path).get("groups") or []:
             image = (path.parent / raw["image"]).resolve() if raw.get("image") else None
             if image and not image.is_relative_to(self.folder.resolve()):
-                image = None  # a run folder from elsewhere must not pull other files into a report
+                image = None  # a run folder from a stranger must not copy other files into a report
             texts = {key: visible(raw.get(key, "")) for key in ("id", "prompt", "answer")}
             completions = [self._completion(c, texts["answer"]) for c in raw.get("completions") or []]
             groups.append({**texts, "image": image, "completions": completions})
@@ -136,11 +132,12 @@ class Run:
         prediction = raw.get("prediction")
         if prediction is not None and not is_number(prediction):
             prediction = visible(prediction)
-        right = prediction == answer or (number(prediction) is not None and number(prediction) == number(answer))
+        number = parse_number(prediction)
+        right = prediction == answer or (number is not None and number == parse_number(answer))
         return {
             "text": visible(raw.get("text", "")),
             "prediction": prediction,
-            "right": right if self.exact else None,
+            "right": right if self.right_or_wrong else None,
             "truncated": bool(raw.get("truncated")),
             "rewards": {visible(k): v for k, v in (raw.get("rewards") or {}).items() if is_number(v)},
             **{key: raw[key] if is_number(raw.get(key)) else None for key in ("reward", "advantage", "length")},
@@ -148,24 +145,25 @@ class Run:
 
 
 class NotARun(ValueError):
-    """The folder is not one that main.py wrote."""
+    """The folder was not written by main.py."""
 
 
 class NothingLogged(NotARun):
-    """It is one, but there is nothing in it to show so far."""
+    """The folder was written by main.py and has no records so far."""
 
 
 def read_run(folder: Path) -> Run:
+    """Reads the logs in `folder`, with a warning about damaged files. Raises NotARun or NothingLogged."""
     if not folder.is_dir():
         raise NotARun(f"{folder}: no such folder; --output_dir takes the folder that main.py wrote")
-    if not any((folder / name).exists() for name in ("config.json", "train_logs.json", "eval_logs")):
-        raise NotARun(f"{folder} is not a run: there is no config.json, train_logs.json or eval_logs in it")
-    metrics = [read_json(path) for path in sorted(folder.glob("eval_logs/metrics_*.json"))]
+    if not (folder / CONFIG).exists() and not (folder / LOG).exists() and not any(folder.glob(METRICS)):
+        raise NotARun(f"{folder} is not a run: it has no {CONFIG}, {LOG} or {METRICS}")
+    metrics = [read_json(path) for path in sorted(folder.glob(METRICS))]
     evals = sorted((m for m in metrics if is_number(m.get("step"))), key=lambda m: m["step"])
-    train = read_records(folder / "train_logs.json")
+    train = read_records(folder / LOG, warn=print_error)
     if not train and not evals:
-        raise NothingLogged(f"{folder} has logged nothing so far: wait for its first step, or add --watch")
-    return Run(folder, read_json(folder / "config.json"), train, evals)
+        raise NothingLogged(f"{folder} has no records so far: wait for its first step, or add --watch")
+    return Run(folder, read_json(folder / CONFIG), train, evals)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,63 +173,54 @@ NOT_A_SETTING = {"output_dir", "seed", "resume", "overwrite_output_dir"}
 
 
 @dataclass
-class Group:
-    """Runs that differ in nothing but the seed."""
+class Setting:
+    """Runs that differ only in the seed."""
 
     name: str
     runs: list[Run]
 
 
-def group_runs(runs: list[Run]) -> list[Group]:
-    """Runs of the same settings together, each group named by the flags in which it differs from the others."""
+def settings_of(runs: list[Run]) -> list[Setting]:
+    """Sorts runs by setting. Each setting is named by the flags in which it differs from the others."""
     same = {}
     for run in runs:
         same.setdefault(json.dumps(run.settings or str(run.folder), sort_keys=True), []).append(run)
-    everyone = [members[0].settings for members in same.values()]
-    names = dict.fromkeys(name for settings in everyone for name in settings)
-    differing = [name for name in names if any(s.get(name) != everyone[0].get(name) for s in everyone)]
-    groups = []
-    for settings, members in zip(everyone, same.values(), strict=True):
-        parts = [f"{name}={visible(settings.get(name)).rstrip('/').split('/')[-1]}" for name in differing]
-        groups.append(Group(", ".join(parts) or visible(members[0].folder.resolve().name), members))
-    return groups
+    all_flags = [members[0].settings for members in same.values()]
+    names = dict.fromkeys(name for flags in all_flags for name in flags)
+    differing = [name for name in names if any(flags.get(name) != all_flags[0].get(name) for flags in all_flags)]
+    settings = []
+    for flags, members in zip(all_flags, same.values(), strict=True):
+        parts = [f"{name}={str(flags.get(name)).rstrip('/').split('/')[-1]}" for name in differing]
+        settings.append(Setting(visible(", ".join(parts) or members[0].folder.resolve().name), members))
+    return settings
 
 
-def show(value: float | None, unit: str = "") -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f} %" if unit == "%" else f"{value:.3g} {unit}".rstrip()
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def summarize(group: Group) -> dict[str, str]:
-    """The final scores of one setting: what the terminal, the table and the top of the report show."""
-    run = group.runs[0]
+def summarize(setting: Setting) -> dict[str, str]:
+    """The final scores and facts of a setting, for the terminal, scores.md and the top of the report."""
+    run = setting.runs[0]
     unit, hardware = run.headline.get("unit", ""), run.config.get("hardware") or {}
-    scores = [values for run in group.runs if len(values := series(run.evals, run.headline["metric"])[1])]
+    scores = [values for run in setting.runs if len(values := series(run.evals, run.headline["metric"])[1])]
 
     def over_seeds(values: list[float]) -> str:
-        mean = show(float(np.mean(values)) if values else None, unit)
-        return mean if len(values) < 2 else f"{mean} ({show(min(values), unit)} to {show(max(values), unit)})"
+        mean = format_value(float(np.mean(values)) if values else None, unit)
+        if len(values) < 2:
+            return mean
+        return f"{mean} ({format_value(min(values), unit)} to {format_value(max(values), unit)})"
 
-    seconds = [series(r.train, "seconds/total")[1].sum() + series(r.evals, "seconds")[1].sum() for r in group.runs]
-    speeds = np.concatenate([series(run.train, "tokens_per_second")[1] for run in group.runs])
-    last_steps = {max(record["step"] for record in (*run.train, *run.evals)) for run in group.runs}
+    seconds = [series(r.train, "seconds/total")[1].sum() + series(r.evals, "seconds")[1].sum() for r in setting.runs]
+    speeds = np.concatenate([series(run.train, "tokens_per_second")[1] for run in setting.runs])
+    last_steps = {max(record["step"] for record in (*run.train, *run.evals)) for run in setting.runs}
     facts = {
-        "run": group.name,
+        "run": setting.name,
         "task": run.task.get("name", "?"),
         "score": run.headline.get("label") or run.headline["metric"],
         "before": over_seeds([values[0] for values in scores]),
         "after": over_seeds([values[-1] for values in scores if len(values) > 1]),
-        "guessing": show(run.headline.get("chance"), unit),
+        "guessing": format_value(run.headline.get("chance"), unit),
         "steps": ", ".join(f"{step:,.0f}" for step in sorted(last_steps)),
-        "time": duration(np.mean(seconds)),
+        "time": format_duration(float(np.mean(seconds))),
         "tokens/s": f"{np.median(speeds):,.0f}" if len(speeds) else "–",
-        "seeds": ", ".join(str(run.flags.get("seed", "?")) for run in group.runs),
+        "seeds": ", ".join(str(run.flags.get("seed", "?")) for run in setting.runs),
         "model": run.flags.get("model_path", "?"),
         "hardware": hardware.get("device", "?"),
         "commit": str(run.config.get("commit") or "?")[:10],
@@ -242,7 +231,7 @@ def summarize(group: Group) -> dict[str, str]:
 
 
 def scores_markdown(summaries: list[dict[str, str]]) -> str:
-    """A table with a row a setting, and under it the command of each."""
+    """A Markdown table with one row per setting, followed by the commands."""
     columns = [name for name in summaries[0] if name not in ("command", "settings")]
     rows = [columns, *([re.sub(r"[\n|]", " ", summary[name]) for name in columns] for summary in summaries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -255,18 +244,19 @@ def scores_markdown(summaries: list[dict[str, str]]) -> str:
 # The report
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-PACKED_BUDGET = 12_500_000  # bytes of packed samples with their pictures: beside the charts, under 15 MB in all
-UNPACKED_BUDGET = 50_000_000  # bytes that the browser unpacks; more would make it wait
-MAX_PAGES = 1200  # files of samples that are read of one run, spread evenly
-MAX_TEXT = 8000  # characters of one completion, its beginning and its end
+PACKED_BUDGET = 12_500_000  # bytes of packed samples and their pictures; with the charts the report is under 15 MB
+UNPACKED_BUDGET = 50_000_000  # bytes that the browser unpacks; more would take it seconds
+MAX_PAGES = 1200  # files of samples that are read per run, spread evenly over its steps
+MAX_TEXT = 8000  # characters of a completion that are kept: its beginning and its end
 
 
 def spread_evenly(items: list, stride: int) -> list:
-    """Every `stride`-th item, counted from the last, and the first: before and after are never left out."""
+    """The first item, the last, and every `stride`-th counted from the last."""
     return [items[i] for i in sorted({*range(len(items) - 1, -1, -stride), *range(min(1, len(items)))})]
 
 
 def shorten(text: str) -> str:
+    """The first and the last MAX_TEXT / 2 characters of a longer text."""
     half = MAX_TEXT // 2
     left_out = len(text) - 2 * half
     return text if left_out <= 0 else f"{text[:half]}\n[… {left_out:,} characters left out …]\n{text[-half:]}"
@@ -274,7 +264,7 @@ def shorten(text: str) -> str:
 
 @functools.cache
 def data_uri(path: Path) -> str | None:
-    """The picture as a data URI of WebP, small enough for thousands of them; None when it cannot be read."""
+    """The picture as a data URI in WebP, a few kilobytes at most 336 pixels wide; None if it cannot be read."""
     from PIL import Image
 
     try:
@@ -283,21 +273,22 @@ def data_uri(path: Path) -> str | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     picture.thumbnail((336, 336))
-    exact, lossy = io.BytesIO(), io.BytesIO()  # drawings are smallest as they are, photographs are not
-    picture.save(exact, "webp", lossless=True, method=2)
+    lossless, lossy = io.BytesIO(), io.BytesIO()  # lossless is smaller for drawings, lossy for photographs
+    picture.save(lossless, "webp", lossless=True, method=2)
     picture.save(lossy, "webp", quality=60, method=2)
-    return f"data:image/webp;base64,{base64.b64encode(min(exact.getvalue(), lossy.getvalue(), key=len)).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(min(lossless.getvalue(), lossy.getvalue(), key=len)).decode()}"
 
 
 def read_pages(run: Run) -> list[tuple[str, int, list[dict]]]:
-    """(kind, step, groups) of a run's samples; exact answers say how they changed since the first evaluation."""
+    """(kind, step, groups) of a run's samples. Examples whose answers are right or wrong get a "change" since the first
+    evaluation."""
     pages = []
     for kind in ("eval", "train"):
         files = list(run.sample_files(kind).items())
         for step, path in spread_evenly(files, math.ceil(len(files) / MAX_PAGES) or 1):
             if groups := run.read_samples(path):
                 pages.append((kind, step, groups))
-    evaluations = [groups for kind, _, groups in pages if kind == "eval" and run.exact]
+    evaluations = [groups for kind, _, groups in pages if kind == "eval" and run.right_or_wrong]
     for groups in evaluations[1:]:
         for change, examples in changes(evaluations[0], groups).items():
             for _, example in examples:
@@ -306,36 +297,36 @@ def read_pages(run: Run) -> list[tuple[str, int, list[dict]]]:
 
 
 def changes(first: list[dict], last: list[dict]) -> dict[str, list[tuple[dict, dict]]]:
-    """The examples of two evaluations by what became of them: {"wrong → right": [(before, after), …], …}."""
+    """The examples of two evaluations by how they changed: {"wrong → right": [(before, after), …], …}."""
     word = {False: "wrong", True: "right"}
-    became = {f"{word[a]} → {word[b]}": [] for a, b in ((False, True), (True, False), (True, True), (False, False))}
-    before = {g["id"]: g for g in first if g["completions"]}
-    for now in last:
-        was = before.get(now["id"])
-        if was and now["completions"]:
-            right = [g["completions"][0]["right"] for g in (was, now)]
-            became[f"{word[right[0]]} → {word[right[1]]}"].append((was, now))
-    return became
+    changed = {f"{word[a]} → {word[b]}": [] for a, b in ((False, True), (True, False), (True, True), (False, False))}
+    by_id = {group["id"]: group for group in first if group["completions"]}
+    for after in last:
+        before = by_id.get(after["id"])
+        if before and after["completions"]:
+            right = [group["completions"][0]["right"] for group in (before, after)]
+            changed[f"{word[right[0]]} → {word[right[1]]}"].append((before, after))
+    return changed
 
 
-class Table(dict):
-    """Numbers things in the order in which they come, equal ones alike; None stays None."""
+class Numbering(dict):
+    """Numbers distinct items 0, 1, 2, … in the order in which they come; None stays None."""
 
-    def index(self, item):
+    def index(self, item: str | None) -> int | None:
         return None if item is None else self.setdefault(item, len(self))
 
 
 def pack(names: list[str], all_pages: list[list], stride: int, most_groups: int) -> str:
-    """The samples as JSON for the page: every `stride`-th step, completions as lists and the best rewarded first."""
-    prompts, pictures, runs = Table(), Table(), []
+    """The samples as JSON for the page: every `stride`-th step, `most_groups` of it, the highest reward first."""
+    prompts, pictures, runs = Numbering(), Numbering(), []
 
-    def short(value: float | None) -> float | None:
+    def rounded(value: float | None) -> float | None:
         return value if value is None else float(f"{value:.4g}")
 
     def packed_group(g: dict, components: list[str]) -> list:
         completions = sorted(g["completions"], key=lambda c: -(c["reward"] or 0))
-        rows = [[shorten(c["text"]), short(c["reward"]), short(c["advantage"]),
-                 [short(c["rewards"].get(name)) for name in components],
+        rows = [[shorten(c["text"]), rounded(c["reward"]), rounded(c["advantage"]),
+                 [rounded(c["rewards"].get(name)) for name in components],
                  c["length"], c["truncated"], c["prediction"], c["right"]] for c in completions]  # fmt: skip
         picture = pictures.index(g["image"] and data_uri(g["image"]))
         return [g["id"], prompts.index(g["prompt"]), picture, g["answer"], g.get("change"), rows]
@@ -351,15 +342,15 @@ def pack(names: list[str], all_pages: list[list], stride: int, most_groups: int)
     return json.dumps(samples, ensure_ascii=False, separators=(",", ":"))
 
 
-def to_json(data) -> str:
-    """JSON for a script element: without a `<` nothing in it can end the element."""
+def to_json(data: object) -> str:
+    """JSON for a script element. Escapes `<`, without which nothing can end the element."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def pack_within_budget(names: list[str], all_pages: list[list]) -> str:
-    """All samples where they fit, else every second, third, … step, and at last fewer groups of each.
+    """The samples in base64 of gzip, which the page unpacks with the browser's DecompressionStream.
 
-    Packed is gzip in base64, which the page unpacks with the browser's own DecompressionStream.
+    If all of them do not fit, takes every second, third, … step; if that is still too much, fewer groups of each.
     """
     stride, most_groups = 1, max((len(groups) for pages in all_pages for *_, groups in pages), default=1)
     longest = max(map(len, all_pages), default=0)
@@ -375,8 +366,8 @@ def pack_within_budget(names: list[str], all_pages: list[list]) -> str:
             most_groups //= 2
 
 
-def write_report(groups: list[Group], charts: dict[str, tuple[str, bytes]], summaries: list[dict]) -> bytes:
-    """The report as HTML. `charts` maps a name to (title, PNG); `summaries` are those of `groups`."""
+def write_report(settings: list[Setting], charts: dict[str, tuple[str, bytes]], summaries: list[dict]) -> bytes:
+    """The report as HTML. `charts` maps a name to (title, PNG); `summaries` has one entry per setting."""
     images = [(name, title, f"data:image/png;base64,{base64.b64encode(png).decode()}")
               for name, (title, png) in charts.items()]  # fmt: skip
     page = TEMPLATE.read_text(encoding="utf-8")
@@ -384,6 +375,6 @@ def write_report(groups: list[Group], charts: dict[str, tuple[str, bytes]], summ
     blocks = {
         "SCRIPT_HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "SUMMARY": to_json({"summaries": summaries, "charts": images}),
-        "SAMPLES": pack_within_budget([g.name for g in groups], [read_pages(g.runs[0]) for g in groups]),
+        "SAMPLES": pack_within_budget([s.name for s in settings], [read_pages(s.runs[0]) for s in settings]),
     }
     return re.sub(r"@@(\w+)@@", lambda found: blocks[found[1]], page).encode()

@@ -1,4 +1,4 @@
-"""A run folder as training leaves it, made up in a moment: what the plotter's tests read."""
+"""Makes a run folder with made-up numbers, as training would write it, for the tests of the plotter."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def clock_time(seconds):
 
 
 def question(task, rng):
-    """What is asked, and the gold answer."""
+    """A question and its right answer."""
     if task == "clock":
         return "What time does this clock show? Answer as HH:MM:SS.", clock_time(rng.integers(43200))
     if task == "correlation":
@@ -34,7 +34,7 @@ def question(task, rng):
 
 
 def guess(task, answer, skill, rng):
-    """An answer that gets better as skill goes from 0 to 1; None is an unreadable one."""
+    """An answer that gets better as skill goes from 0 to 1, or None for an unreadable one."""
     if rng.random() > 0.85 + 0.14 * skill:
         return None
     if task == "clock":
@@ -121,7 +121,7 @@ def metrics_of(task, groups):
 
 def make_run(folder, task="clock", steps=60, eval_steps=20, eval_size=32, groups=2, generations=8, seed=0, size=56,
              words=40, pace=3.0, **flags):  # fmt: skip
-    """Write a run of `steps` steps under `folder`, with `flags` among its flags, and return the folder."""
+    """Writes a run of `steps` steps into `folder`, with `flags` added to its flags, and returns the folder."""
     rng = np.random.default_rng(seed)
     metric, label, unit, lower, chance, names = TASKS[task]
     for name in ("eval_logs", "train_samples"):
@@ -176,7 +176,7 @@ def train_record(task, step, steps, groups, rng):
 
 def write_evaluation(folder, task, step, skill, size_of_set, size, words, seed):
     groups = []
-    for i in range(size_of_set):  # the same questions at every evaluation, and answers of their own
+    for i in range(size_of_set):  # the same questions at every evaluation, with different answers
         group = make_group(task, folder / "eval_logs", f"{task}-test-0-{i}", skill, np.random.default_rng([999, i]), 1,
                            size, words)  # fmt: skip
         answer_rng = np.random.default_rng([seed, step, i])

@@ -22,7 +22,10 @@ import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
+]
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]  # fmt: skip
@@ -54,7 +57,7 @@ class Browser:
         return self._call("POST", self.session + path, body)
 
     def open(self, page: Path, width: int = 1280, height: int = 900) -> None:
-        self.complaints()  # forgets what came before
+        self.complaints()  # empties the log
         self.post("/window/rect", width=width, height=height)
         self.post("/url", url=page.resolve().as_uri())
         self.wait_for("document.querySelector('#step').textContent")  # the samples are unpacked
@@ -71,7 +74,7 @@ class Browser:
         self.post(f"/element/{element}/value", text=text)
 
     def press(self, key: str) -> None:
-        """A key for whatever has the focus."""
+        """Press a key in the element that has the focus."""
         keys = [{"type": kind, "value": KEYS.get(key, key)} for kind in ("keyDown", "keyUp")]
         self.post("/actions", actions=[{"type": "key", "id": "keyboard", "actions": keys}])
 
@@ -88,15 +91,15 @@ class Browser:
         path.write_bytes(base64.b64decode(self._call("GET", self.session + "/screenshot")))
 
     def complaints(self) -> list[str]:
-        """What the console said, and every request of the page that went anywhere but to the file itself."""
-        said = [f"{entry['level']}: {entry['message']}" for entry in self.post("/se/log", type="browser")]
+        """The messages of the console, and all requests of the page to anything but its file."""
+        found = [f"{entry['level']}: {entry['message']}" for entry in self.post("/se/log", type="browser")]
         for entry in self.post("/se/log", type="performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 url, asker = message["params"]["request"]["url"], message["params"]["documentURL"]
                 if asker.startswith("file:") and not url.startswith(("file:", "data:")):
-                    said.append(f"request: {url}")
-        return said
+                    found.append(f"request: {url}")
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_a_real_short_run_is_shown(browser, tmp_path, model_folder):
     assert main.main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
     browser.open(report_of(tmp_path / "run"))
     assert browser.text("#step") == "step 1 (1 of 2)"
-    assert browser.script("return window.scrollY") == 0  # the summary is what one sees first
+    assert browser.script("return window.scrollY") == 0  # the page opens at the summary
     assert browser.script("return document.querySelectorAll('article').length") == 4
     logged = json.loads((tmp_path / "run/train_samples/step_000002.json").read_text())["groups"][1]
     browser.press("right")
@@ -167,7 +170,7 @@ def test_a_real_short_run_is_shown(browser, tmp_path, model_folder):
 def test_the_report_is_read_from_top_to_bottom(browser, clock_run):
     run = clock_run
     browser.open(run / "report.html")
-    assert "mean error" in browser.text("#summary") and "guessing gives 180 min" in browser.text("#summary")
+    assert "mean error" in browser.text("#summary") and "guessing gives 180.0 min" in browser.text("#summary")
     assert browser.script("return [...document.querySelectorAll('#charts img')].every(i => i.src.startsWith('data:'))")
     browser.click("#charts img")
     assert browser.script("return document.querySelector('#charts img').naturalWidth") == 1200
@@ -243,7 +246,7 @@ def test_examples_that_changed_can_be_picked_out(browser, tmp_path):
     assert browser.complaints() == []
 
 
-def test_what_a_model_wrote_is_only_ever_text(browser, tmp_path):
+def test_model_text_is_never_run_as_html(browser, tmp_path):
     run = make_run(tmp_path / "run", "arithmetic", steps=2, eval_steps=2, eval_size=3)
     evil = (
         "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'><!--<script> \x1b[2J\u202e"
