@@ -898,7 +898,7 @@ def test_a_disk_that_reports_no_size_is_used(tmp_path, monkeypatch):
 
 
 WINDOWS = """
-import errno, fcntl, os, shutil, types
+import concurrent.futures.thread, errno, fcntl, os, shutil, subprocess, types
 shutil._use_fd_functions = False
 real_open = os.open
 
