@@ -23,7 +23,7 @@ same:  ## compare the logged numbers with another commit: make same REV=main
 	uv run tests/same_numbers.py $(REV)
 
 flags:  ## write docs/flags.md from config.py
-	uv run tests/make_docs.py
+	uv run config.py > docs/flags.md
 
 mutations:  ## put 20 bugs in, one at a time, and check that a test notices each
 	uv run tests/mutations.py
