@@ -94,7 +94,8 @@ OBJECTIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a run; `objective` is resolved: its preset with the choices that were given."""
+    """The settings of a run. `objective` is its preset with the choices that were given; `max_steps` is None until
+    `with_steps`, unless it was given."""
 
     model_path: str = flag(
         "Qwen/Qwen2.5-1.5B-Instruct", "a model on the hub, a local folder, or `tiny`", section="Model and task"
@@ -104,12 +105,12 @@ class Config:
     dataset_options: dict = flag(
         None, "options of the task, such as style=bold size=56", nargs="*", metavar="KEY=VALUE"
     )
-    output_dir: str | None = flag(None, "folder for the run (default: runs/TASK-MODEL)")
+    output_dir: str = flag(None, "folder for the run (default: runs/TASK-MODEL)")
     train_size: int | None = flag(None, "number of training examples (default: the task's)", least=1)
     eval_size: int | None = flag(None, "number of test examples, always the first ones (default: the task's)", least=1)
 
     num_train_epochs: float = flag(1.0, "passes over the training examples", above=0, section="Duration and logging")
-    max_steps: int | None = flag(None, "number of optimizer steps; overrides --num_train_epochs", least=1)
+    max_steps: int = flag(None, "number of optimizer steps; overrides --num_train_epochs", least=1)
     eval_steps: int = flag(100, "evaluate every N steps, and before and after training (0: only before and after)", 0)
     save_steps: int = flag(100, "save a checkpoint every N steps, and at the end (0: only at the end)", 0)
     save_total_limit: int = flag(2, "keep the N newest checkpoints, and the best", 1)
@@ -202,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     parser = build_parser()
     first, _ = parser.parse_known_args([text for text in argv if text not in ("-h", "--help")])
     recipe = RECIPES.get(first.dataset_name) if first.model_path == "tiny" else None
-    defaults = recipe.defaults if recipe else {}
+    defaults: dict[str, Any] = recipe.defaults if recipe else {}
     parser.set_defaults(**{name: value for name, value in defaults.items() if name != "dataset_options"})
     given = vars(parser.parse_args(argv))
     if given["dataset_name"] not in DATASETS:

@@ -7,7 +7,8 @@ Letters in the shape comments: Q prompts, B completions (rows; row i answers pro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ def token_logps(
     rollout: Rollout,
     temperature: float = 1.0,
     rows: list[int] | None = None,
-    model: torch.nn.Module | None = None,
+    model: Any = None,
     share_prompt: bool = True,
 ) -> Tensor:
     """(B, T) float32 log-probabilities of the completion tokens under softmax(logits / temperature); 0 off the mask.
@@ -45,7 +46,7 @@ def token_logps_and_entropy(
     rollout: Rollout,
     temperature: float = 1.0,
     rows: list[int] | None = None,
-    model: torch.nn.Module | None = None,
+    model: Any = None,
     share_prompt: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and the policy's entropy, both (B, T) float32, 0 off the completion mask.
@@ -60,8 +61,8 @@ def token_logps_and_entropy(
     length = int(mask.sum(1).max()) if rows else 0
     full_length, mask = mask.shape[1], mask[:, :length]
     ids = rollout.completion_ids[rows][:, :length]  # (B, T)
-    hidden_of = hidden_states if share_prompt else hidden_states_unshared
-    hidden = hidden_of(model, rollout.prompts, [rollout.prompt_of_row[i] for i in rows], ids, mask)  # (B, T, H)
+    hidden_of: Callable = hidden_states if share_prompt else hidden_states_unshared
+    hidden: Tensor = hidden_of(model, rollout.prompts, [rollout.prompt_of_row[i] for i in rows], ids, mask)  # (B, T, H)
     weight = model.get_output_embeddings().weight  # (V, H)
     logps, entropy = ChunkedLogps.apply(hidden[mask], weight, ids[mask], temperature, llm.excluded_mask())  # (N,), (N,)
     padded = F.pad(mask, (0, full_length - length))  # (B, T)
@@ -75,7 +76,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logps(llm: LLM, reference: torch.nn.Module, rollout: Rollout, config: Config) -> Tensor:
+def reference_logps(llm: LLM, reference: Any, rollout: Rollout, config: Config) -> Tensor:
     """(B, T) log-probabilities of the completions under the frozen reference, a micro-batch at a time."""
     logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
     share_prompt = not config.gradient_checkpointing
@@ -88,7 +89,7 @@ def reference_logps(llm: LLM, reference: torch.nn.Module, rollout: Rollout, conf
 # Hidden states: the prompts once, then the completions
 
 
-def hidden_states(model, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
+def hidden_states(model: Any, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
     """(B, T, H): at t the state that predicts completion token t. One pass over prompts, one over completions."""
     used = sorted(set(prompt_of_row))
     prompts = prompts.select(used)
@@ -101,7 +102,7 @@ def hidden_states(model, prompts: Prompts, prompt_of_row: list[int], ids: Tensor
     return torch.cat([first, rest], 1)
 
 
-def hidden_states_unshared(model, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
+def hidden_states_unshared(model: Any, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
     """The same states in one pass over (B, P + T), each row with a copy of its prompt."""
     prompts = prompts.select(prompt_of_row)
     index = torch.arange(len(prompt_of_row), device=ids.device)
@@ -116,7 +117,7 @@ def hidden_states_unshared(model, prompts: Prompts, prompt_of_row: list[int], id
     return hidden[:, length - 1 : -1]
 
 
-def forward_prompts(model, prompts: Prompts, use_cache: bool = True):
+def forward_prompts(model: Any, prompts: Prompts, use_cache: bool = True) -> tuple[Tensor, Any]:
     """One pass over the prompts, pictures included -> (hidden states (Q, P, H), key-value cache or None)."""
     vision = [one for one in prompts.vision if one]
     if use_cache and not vision and uses_fast_layers(model):
@@ -137,7 +138,7 @@ def forward_prompts(model, prompts: Prompts, use_cache: bool = True):
     return output.last_hidden_state, output.past_key_values
 
 
-def forward_completions(model, prompts: Prompts, cache, index: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+def forward_completions(model: Any, prompts: Prompts, cache: Any, index: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """(B, T, H) hidden states of completion tokens. Row i sees the keys and values of prompt index[i]; gradients add up
     over the rows of a group."""
     positions = completion_positions(prompts, index, ids.shape[1])
@@ -157,18 +158,18 @@ def forward_completions(model, prompts: Prompts, cache, index: Tensor, ids: Tens
     ).last_hidden_state
 
 
-def uses_fast_layers(model) -> bool:
+def uses_fast_layers(model: Any) -> bool:
     """Whether the loss runs layers.py: on a CPU, where it is faster. A GPU gains less, and transformers has the
     attention kernels that were asked for."""
     return model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and layers.has_fast_layers(model)
 
 
-def keys_and_values(cache) -> list[tuple[Tensor, Tensor]]:
+def keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
     """Each layer's (Q, key heads, P, D), from layers.py's list or from transformers' cache."""
     return cache if isinstance(cache, list) else [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def attention_bias(visible: Tensor, model) -> Tensor:
+def attention_bias(visible: Tensor, model: Any) -> Tensor:
     """Additive attention mask (B, 1, T, S) of visible (B, T, S): 0 where visible, −inf elsewhere."""
     return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)[:, None]
 
@@ -191,7 +192,9 @@ class ChunkedLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, excluded: Tensor | None):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, excluded: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         logps, entropy = hidden.new_empty(2, len(hidden), dtype=layers.wide(hidden.dtype))  # (N,), (N,)
         for part in chunks(hidden, weight):
             full = tempered_logits(hidden[part], weight, temperature, excluded).log_softmax(-1)  # (n, V)
@@ -206,7 +209,7 @@ class ChunkedLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    def backward(ctx, grad_logps: Tensor, _grad_entropy: Tensor):
+    def backward(ctx: Any, grad_logps: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Summed over chunks in float32 at least: bfloat16 would round many small contributions away.

@@ -25,9 +25,9 @@ class MasterAdamW:
     """
 
     def __init__(self, model: torch.nn.Module, config: Config):
-        self.config, self.total_steps = config, config.max_steps or 0
+        self.config, self.total_steps = config, config.max_steps
         self.steps = self.skipped_steps = 0
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.masters = self.parameters
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
             self.masters = [p.detach().float() for p in self.parameters]

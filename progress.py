@@ -44,7 +44,7 @@ class Progress:
         now = time.monotonic()
         if self.bar.disable and now - self.printed >= SECONDS_BETWEEN_LINES:
             self.printed = now
-            steps = self.config.max_steps or 0
+            steps = self.config.max_steps
             median = sorted(self.seconds[-50:])[len(self.seconds[-50:]) // 2]
             left = format_duration(median * (steps - record["step"]))
             self.say(f"step {record['step']:>4}/{steps} · {text} · {median:.2f} s a step · {left} left")

@@ -95,7 +95,7 @@ class Dataset(ABC):
         except Exception as error:
             raise ValueError(f"the example {name} cannot be made: {error!r}") from error
         placeholders = [{"type": "image"} for _ in images]
-        content = [*placeholders, {"type": "text", "text": question}] if images else question
+        content: Any = [*placeholders, {"type": "text", "text": question}] if images else question
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
         return Example(name, messages, images, answer)
 
@@ -136,7 +136,14 @@ class ClockDataset(Dataset):
     modality = "vision"
     question = "What time does the clock show? Answer as HH:MM:SS."
 
-    def __init__(self, *common, size=224, style="classic", rotation=0.0, second_hand=True):
+    def __init__(
+        self,
+        *common: Any,
+        size: int = 224,
+        style: str = "classic",
+        rotation: float = 0.0,
+        second_hand: bool = True,
+    ):
         super().__init__(*common)
         self.generator = ClockImageGenerator(size, style, rotation, second_hand)
         self.times = clock_times(self.split, second_hand)
@@ -160,7 +167,7 @@ class CorrelationDataset(Dataset):
     modality = "vision"
     question = "What is the correlation of the points? Answer with a number from -1.00 to 1.00."
 
-    def __init__(self, *common, size=224, num_points=75, style="classic"):
+    def __init__(self, *common: Any, size: int = 224, num_points: int = 75, style: str = "classic"):
         super().__init__(*common)
         self.generator = CorrelationGenerator(size, num_points, style)
 
@@ -303,7 +310,7 @@ class ArithmeticDataset(WordProblems):
 
     name = "arithmetic"
 
-    def __init__(self, *common, steps=2, max_number=30):
+    def __init__(self, *common: Any, steps: int = 2, max_number: int = 30):
         super().__init__(*common)
         self.generator = ArithmeticGenerator(steps, max_number)
 
@@ -420,7 +427,7 @@ class TrainLoader:
     def __iter__(self) -> "TrainLoader":
         return self
 
-    def __next__(self) -> "tuple[list[Example], Prompts | None]":
+    def __next__(self) -> tuple[list[Example], Any]:
         """Q examples and their encoded prompts (None without `encode`)."""
         if self._pool is None:
             batch, self._state = self._prepare()

@@ -254,7 +254,7 @@ class Decoder:
         cache: Any,
         num_generations: int,
         temperature: float,
-        generator: torch.Generator | None,
+        generator: torch.Generator,
         ignore_eos: bool,
     ) -> None:
         """Set the buffers for B = Q·G rows whose prompts fill slots 0 … P-1."""
@@ -386,9 +386,12 @@ class FusedDecoder(Decoder):
         self.text_model = layers.text_model_of(llm.model)
         attention = self.text_model.layers[0].self_attn
         self.scaling, D = attention.scaling, attention.head_dim
-        heads, options = attention.k_proj.out_features // D, {"dtype": llm.dtype, "device": llm.device}
-        shape = (max_rows, heads, self.slots, D)
-        self.caches = [(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in self.text_model.layers]
+        shape = (max_rows, attention.k_proj.out_features // D, self.slots, D)  # (rows, key heads, S, D)
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape, dtype=llm.dtype, device=llm.device)
+
+        self.caches = [(zeros(), zeros()) for _ in self.text_model.layers]  # keys and values
         self.cos, self.sin = self.rotary_table()  # (S, D)
         self.fuse()
         self.uses_graphs = llm.device.type == "cuda"
@@ -440,15 +443,15 @@ class FusedDecoder(Decoder):
         if key not in self.graphs:
             self.graphs[key] = None
             return self.advance(rows, window)
-        if self.graphs[key] is None:
+        graph = self.graphs[key]
+        if graph is None:
             graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                graph.register_generator_state(self.generator)  # so that every replay draws new numbers
+            graph.register_generator_state(self.generator)  # so that every replay draws new numbers
             with torch.cuda.graph(graph, pool=self.graph_memory):
                 self.advance(rows, window)  # recorded, not run
             self.graph_memory = graph.pool()
             self.graphs[key] = graph
-        self.graphs[key].replay()
+        graph.replay()
 
     def next_hidden(self, rows: int, window: int) -> Tensor:
         """(b, H). Grouped-query attention by matrix products: queries that share a key head are stacked along the time

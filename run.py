@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,7 +63,7 @@ class Run:
 
     def __init__(self, config: Config, evaluator: RewardEvaluator):
         self.config, self.evaluator = config, evaluator
-        self.folder = RunFolder(str(config.output_dir))
+        self.folder = RunFolder(config.output_dir)
         self.checkpoint: Path | None = None
         self.step = self.best_step = 0
         self.best_score: float | None = None
@@ -72,7 +72,7 @@ class Run:
         self.signal: int | None = None
         self.deadline = math.inf
         self.progress: Progress | None = None
-        self.phases: Counter[str] = Counter()  # seconds of this step by phase
+        self.phases: defaultdict[str, float] = defaultdict(float)  # seconds of this step by phase
         self.step_began: float | None = None
         if not config.resume:
             self.folder.check_new(config.overwrite_output_dir)
@@ -148,7 +148,7 @@ class Run:
 
     def finish(self) -> int:
         """Print what changed, or how to resume. Returns the exit status."""
-        if self.step < (self.config.max_steps or 0):
+        if self.step < self.config.max_steps:
             print(
                 f"stopped at step {self.step} of {self.config.max_steps}; resume with:  {resume_command(self.config)}"
             )
