@@ -31,8 +31,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from evaluator import AFTER_ANSWER, BEFORE_ANSWER, BEFORE_REASONING, asked_format
 from rldatasets import DATASETS, Dataset, get_dataset
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Recipe:
     batch: int = 32
     learning_rate: float = 2e-3
     seconds: int = 60
-    defaults: dict[str, object] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 TWO_DIGITS = tuple(str(n) for n in range(10, 100))
@@ -350,15 +351,15 @@ def torch_seeded(seed: int) -> Iterator[None]:
 
 
 def cache_key(dataset: Dataset, recipe: Recipe) -> str:
-    """A hash of all that determines the weights: this file's code from SEED on, the recipe, the tags, the libraries and
-    the data. The number of threads, which changes how sums are rounded, is not part of it."""
+    """A hash of all that determines the weights: this file's code from SEED on, the recipe, the format, the libraries
+    and the data. The number of threads, which changes how sums are rounded, is not part of it."""
     from importlib.metadata import version
 
     digest = hashlib.sha256(Path(__file__).read_text(encoding="utf-8").partition("\nSEED = ")[2].encode())
     settings = {**dataclasses.asdict(recipe), "noise": inspect.getsource(recipe.noise)}
     del settings["defaults"], settings["seconds"]  # of the run that follows, and of a message
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    digest.update(json.dumps([settings, TAGS, libraries, len(dataset)], sort_keys=True).encode())
+    digest.update(json.dumps([settings, FORMAT_TOKENS, libraries, len(dataset)], sort_keys=True).encode())
     # Generated examples all change with the generator, so some of them suffice; a file may differ in any example.
     stride = 1 if dataset.reads_files else max(1, len(dataset) // 64)
     for index in range(0, len(dataset), stride):
@@ -400,9 +401,7 @@ END, IMAGE, VIDEO = "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 ROLES = [f"<|{role}|>" for role in ("system", "user", "assistant")]
 
-# The asked format without its contents: before the reasoning, between reasoning and answer, after the answer. Each is
-# one token of the tokenizer.
-REASONING, ANSWER, CLOSE = TAGS = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>")
+FORMAT_TOKENS = (BEFORE_REASONING, BEFORE_ANSWER, AFTER_ANSWER)  # one token each, so that completions are short
 TEXTS_FOR_TOKENIZER = 1000  # the number of examples whose texts the tokenizer is trained on
 
 CHAT_TEMPLATE = (
@@ -416,16 +415,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def asked_format(reasoning: str, answer: str) -> str:
-    """The completion that the system prompt asks for."""
-    return f"{REASONING}{reasoning}{ANSWER}{answer}{CLOSE}"
-
-
 def build_tokenizer(dataset: Dataset, recipe: Recipe) -> PreTrainedTokenizerBase:
     """Qwen2's tokenizer with a small vocabulary: a byte-level BPE trained on the task's questions and answers.
 
-    Every byte is a token, so any text can be written. Whole tokens are added to what BPE learns: the tags, the recipe's
-    `whole_tokens`, and each line that is the same in all examples, which shortens prompts.
+    Every byte is a token, so any text can be written. Whole tokens are added to what BPE learns: `FORMAT_TOKENS`, the
+    recipe's `whole_tokens`, and each line that is the same in all examples, which shortens prompts.
     """
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
@@ -440,7 +434,7 @@ def build_tokenizer(dataset: Dataset, recipe: Recipe) -> PreTrainedTokenizerBase
         new_special_tokens=[*ROLES, VISION_START, VISION_END, IMAGE, VIDEO],
         show_progress=False,
     )
-    whole = dict.fromkeys([*TAGS, *recipe.whole_tokens, *constant])
+    whole = dict.fromkeys([*FORMAT_TOKENS, *recipe.whole_tokens, *constant])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = MAX_CONTEXT
@@ -449,15 +443,15 @@ def build_tokenizer(dataset: Dataset, recipe: Recipe) -> PreTrainedTokenizerBase
 
 
 def example_lines(dataset: Dataset, index: int, recipe: Recipe) -> list[str]:
-    """The lines of an example's messages and of its noisy label, line ends included, tags removed."""
+    """The lines of an example's messages and of its noisy label, line ends included, `FORMAT_TOKENS` removed."""
     example = dataset[index]
     texts = []
     for message in example.messages:
         content = message["content"]
         texts += [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     texts += recipe.noise(dataset.solution(index), example.answer, random.Random(index))
-    for tag in TAGS:
-        texts = [piece for text in texts for piece in text.split(tag)]
+    for token in FORMAT_TOKENS:
+        texts = [piece for text in texts for piece in text.split(token)]
     return [line for text in texts for line in text.splitlines(keepends=True)]
 
 

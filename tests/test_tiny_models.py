@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import tiny_models
 from arithmetic_generator import apply
-from evaluator import get_evaluator
-from rldatasets import DATASETS, get_dataset
-from tiny_models import ANSWER, END, REASONING, RECIPES, TAGS, asked_format, tiny_model
+from evaluator import BEFORE_ANSWER, BEFORE_REASONING, asked_format, get_evaluator
+from rldatasets import DATASETS, dataset_options, get_dataset
+from tiny_models import END, FORMAT_TOKENS, RECIPES, tiny_model
 
 TASKS = list(RECIPES)
 
@@ -162,7 +162,7 @@ def test_answers_are_few_tokens(tokenizer, task, answer, tokens):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_labels_fit_into_a_completion(tokenizer, task, path_of):
-    assert [count_tokens(tokenizer(task), tag) for tag in TAGS] == [1, 1, 1]
+    assert [count_tokens(tokenizer(task), text) for text in FORMAT_TOKENS] == [1, 1, 1]
     dataset, recipe = get_dataset(task, "train", 30, path=path_of(task), options=options_of(task)), RECIPES[task]
     for index in range(30):
         label = asked_format(*recipe.noise(dataset.solution(index), dataset[index].answer, random.Random(0)))
@@ -351,7 +351,7 @@ def test_warm_up_learns_the_format(tmp_path):
     examples = [dataset[index] for index in range(16)]
     rollout = Sampler(llm, seed=0).sample(examples, 1, 32, temperature=0)
     assert -(rollout.sampler_logps.sum() / rollout.completion_mask.sum()) < 1.5  # uniform over the vocabulary: 6.3
-    assert sum(text.startswith(REASONING) and ANSWER in text for text in rollout.texts) >= 12
+    assert sum(text.startswith(BEFORE_REASONING) and BEFORE_ANSWER in text for text in rollout.texts) >= 12
 
 
 @pytest.mark.parametrize(
@@ -401,13 +401,12 @@ def test_epochs_show_each_example_once():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_defaults_are_flags_and_options_that_exist(task):
-    from config import Config
-    from rldatasets import dataset_options
+def test_tiny_runs_take_the_defaults_of_the_recipe(task):
+    from config import parse_args
 
-    assert task in DATASETS
-    assert set(RECIPES[task].defaults) <= {field.name for field in dataclasses.fields(Config)}
-    assert set(options_of(task)) <= set(dataset_options(task))
+    flags = parse_args(["--model_path", "tiny", "--dataset_name", task]).flags()
+    assert RECIPES[task].defaults.items() <= flags.items()
+    assert options_of(task).keys() <= dataset_options(task).keys()
 
 
 def test_importing_recipes_imports_no_torch():
