@@ -1,17 +1,24 @@
-"""What the benchmarks share: presets, models with random weights saved to a folder, workers that take turns."""
+"""Shared by the benchmarks: presets, models with random weights saved to a folder, and workers that take turns."""
 
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from rldatasets import Example
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,8 @@ class Preset:
     prompts: int
     generations: int
     length: int
-    model: dict | None  # sizes of the text model where they are not those of the task's tiny model
-    vision: dict | None = None
+    model: dict[str, Any] | None  # configuration of the text model; None: that of the task's tiny model
+    vision: dict[str, Any] | None = None  # configuration of the vision tower
     device: str = "cpu"
     dtype: str = "float32"
     micro_batch_tokens: int = 8192
@@ -44,8 +51,18 @@ QWEN_VL_3B = {
     "num_hidden_layers": 36,
     "num_attention_heads": 16,
     "intermediate_size": 11_008,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
 }
-QWEN_VL_TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048}
+QWEN_VL_TOWER = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "num_heads": 16,
+    "intermediate_size": 3420,
+    "out_hidden_size": 2048,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
 PRESETS = {
     "tiny-text": Preset("arithmetic", 4, 16, 128, None),
     "tiny-vision": Preset("correlation", 4, 16, 32, None),
@@ -55,89 +72,87 @@ PRESETS = {
 
 
 def make_model(preset: Preset, folder: Path) -> Path:
-    """Save a model of the preset's shape, random weights, with the task's own tokenizer or processor."""
+    """Save a model of the preset's shape with random weights, and the tokenizer or processor of the tiny model."""
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
     import tiny_models
+    from llms import quiet_transformers
     from rldatasets import get_dataset
 
+    quiet_transformers()
     torch.manual_seed(0)
     recipe = tiny_models.RECIPES[preset.task]
-    data = get_dataset(preset.task, "train", 2000, options=picture_options(preset))
-    tokenizer = tiny_models.build_tokenizer(data, recipe)
-    model, processor = tiny_models.build_model(data, recipe, tokenizer)
+    dataset = get_dataset(preset.task, "train", 2000, options=picture_options(preset))
+    tokenizer = tiny_models.build_tokenizer(dataset, recipe)
+    model, processor = tiny_models.build_model(dataset, recipe, tokenizer)
     if preset.model:
-        ids = {name: getattr(model.config.get_text_config(), name) for name in ("eos_token_id", "pad_token_id")}
+        torch.set_default_dtype(getattr(torch, preset.dtype))
         with torch.device(preset.device):
-            torch.set_default_dtype(getattr(torch, preset.dtype))
-            if preset.vision:
-                names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-                ids |= {name: getattr(model.config, name) for name in names}
-                rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-                tower = preset.vision | {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-                text = preset.model | {"rope_parameters": rope}
-                config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=True, **ids)
-                model = Qwen2_5_VLForConditionalGeneration(config)
-                processor.image_processor.patch_size, processor.image_processor.temporal_patch_size = 14, 2
-                processor.image_processor.size = {"shortest_edge": 224 * 224, "longest_edge": 224 * 224}
-            else:
-                model = Qwen2ForCausalLM(Qwen2Config(**preset.model, tie_word_embeddings=True, **ids))
-            torch.set_default_dtype(torch.float32)
+            model = large_model(preset, model, processor)
+        torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     (processor or tokenizer).save_pretrained(folder)
     return folder
 
 
-def picture_options(preset: Preset) -> dict:
-    if preset.task not in ("clock", "correlation"):
+def large_model(preset: Preset, tiny: PreTrainedModel, processor: ProcessorMixin | None) -> PreTrainedModel:
+    """A model of the preset's configuration with the token ids of the tiny one; adapts the processor's patch size."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+
+    ids = {name: getattr(tiny.config.get_text_config(), name) for name in ("eos_token_id", "pad_token_id")}
+    if processor is None:
+        return Qwen2ForCausalLM(Qwen2Config(**preset.model, tie_word_embeddings=True, **ids))
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids |= {name: getattr(tiny.config, name) for name in names}
+    pictures = processor.image_processor
+    pictures.patch_size, pictures.temporal_patch_size = 14, 2
+    pictures.size = {"shortest_edge": 224 * 224, "longest_edge": 224 * 224}
+    config = Qwen2_5_VLConfig(text_config=preset.model, vision_config=preset.vision, tie_word_embeddings=True, **ids)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def picture_options(preset: Preset) -> dict[str, Any]:
+    """Options of a task with pictures: 224 pixels for the models of real size, 56 for the tiny ones."""
+    from rldatasets import DATASETS
+
+    if DATASETS[preset.task].modality == "text":
         return {}
     return {"size": 224 if preset.vision else 56, "style": "bold"}
 
 
-def examples_of(preset: Preset, count: int):
+def examples_of(preset: Preset, count: int) -> list[Example]:
+    """The first examples of the preset's training split."""
     from rldatasets import get_dataset
 
-    data = get_dataset(preset.task, "train", count, options=picture_options(preset))
-    return [data[i] for i in range(count)]
+    dataset = get_dataset(preset.task, "train", count, options=picture_options(preset))
+    return [dataset[index] for index in range(count)]
 
 
 def synchronize(device: str) -> None:
+    """Wait until the GPU has finished; nothing to wait for on a CPU."""
     if device == "cuda":
         import torch
 
         torch.cuda.synchronize()
 
 
-def peak_gb(device: str) -> float:
-    """Most memory used: of the GPU, or of this process."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def median_seconds(function, repeats: int, device: str = "cpu") -> float:
-    """The median time of a call, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def timed(step: Callable[[], object], device: str) -> float:
+    """The seconds that a call takes."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 class Worker:
-    """A side of a comparison in a process of its own: its memory is its own, and it waits while the other side runs.
+    """One side of a comparison in another process, so that its peak memory is its own; it waits while others run.
 
-    `target(connection, *args)` sends "ready", then answers each number n received with the seconds of n steps, and the
-    message None with its peak memory in GB, and ends.
+    `target(connection, *args)` sends "ready". It answers each number n with the seconds of n steps, and None with its
+    peak memory in GB, after which it ends: see `serve`.
     """
 
-    def __init__(self, target, *args):
+    def __init__(self, target: Callable[..., None], *args: Any):
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=target, args=(other, *args), daemon=True)
@@ -145,25 +160,42 @@ class Worker:
         other.close()
 
     def ready(self) -> None:
+        """Wait until the worker is set up."""
         self.receive()
 
     def steps(self, count: int) -> list[float]:
+        """The seconds of each of `count` steps."""
         self.connection.send(count)
         return self.receive()
 
     def end(self) -> float:
+        """End the worker. Returns its peak memory in GB."""
         self.connection.send(None)
         peak = self.receive()
         self.process.join()
         return peak
 
-    def receive(self):
+    def receive(self) -> Any:
         try:
             return self.connection.recv()
         except EOFError:
             raise SystemExit("a side of the comparison died; its error is above") from None
 
 
+def serve(connection: Connection, run: Callable[[int], list[float]], peak: Callable[[], float]) -> None:
+    """The worker's side of the connection: `run(n)` gives the seconds of n steps, `peak()` the peak memory in GB."""
+    connection.send("ready")
+    while (count := connection.recv()) is not None:
+        connection.send(run(count))
+    connection.send(peak())
+
+
+def median_of_ratios(numerators: list[float], denominators: list[float]) -> float:
+    """The median over the rounds of one side's time over the other's."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

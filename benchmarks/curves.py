@@ -1,11 +1,11 @@
-"""The learning curves of docs/results.md with their controls: runs what is missing and prints the tables.
+"""The tables of docs/results.md: trains the tiny models, with controls, and prints how much they learned.
 
     uv run benchmarks/curves.py --output_dir runs/curves --tasks correlation clock arithmetic --seeds 0 1 2
 
-For each task: GRPO from the task's default flags for every seed; GRPO with the rewards dealt out at random; the
-warm-up alone, for as long again as GRPO took; and the trained models on what they never saw. Every run is a plain
-command and is printed. A run whose folder holds its last evaluation is not repeated, so this can be stopped and started
-again.
+For each task: GRPO with the task's default flags, for every seed; GRPO with shuffled rewards; the warm-up alone, for as
+long as warm-up and GRPO together; and the trained models on pictures or problems of another kind. Each run is a command
+of main.py, which is printed. A run whose folder has its last evaluation is not repeated, so this script can be
+interrupted and started again.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from common import ROOT, table
 
-from evaluator import get_evaluator
+from evaluator import Headline, get_evaluator
+from progress import format_value
 from rldatasets import get_dataset
-from tiny_models import RECIPES, TINY_DEFAULTS, tiny_model
+from run_folder import read_records
+from tiny_models import RECIPES, tiny_model
 
-UNSEEN = {  # options of the pictures that training never showed
+UNSEEN: dict[str, list[dict[str, Any]]] = {  # options that make examples unlike those of the training
     "clock": [{"style": "thin"}, {"rotation": 30}],
     "correlation": [{"num_points": 25}, {"num_points": 200}],
     "arithmetic": [{"steps": 1}, {"steps": 3}],
 }
-LONGER = {
-    "correlation": 3,
-    "clock": 4,
-    "arithmetic": 5,
-}  # warm-ups that take as long as the usual one and GRPO together
-SHUFFLED_STEPS = 400  # enough to see that nothing is learned
-KEPT = ("eval_size", "max_prompt_length", "max_completion_length")  # flags that an evaluation shares with its run
+LONGER = {"correlation": 3, "clock": 4, "arithmetic": 5}  # times the warm-up, as long as warm-up and GRPO together
+SHUFFLED_STEPS = 400
+EVALUATION_FLAGS = ("eval_size", "max_prompt_length", "max_completion_length")  # of the task's recipe
 
 
 def execute(folder: Path, *flags: str) -> Path:
-    """Run main.py into `folder` unless it is there already, and leave what it said in `folder`.log."""
+    """Run main.py into `folder`, its output into `folder`.log, unless `folder` has a finished run. Returns `folder`."""
     command = [sys.executable, str(ROOT / "main.py"), *flags, "--output_dir", str(folder)]
     if not finished(folder):
         print("$", shlex.join(["python", "main.py", *command[2:]]), flush=True)
@@ -52,7 +51,7 @@ def execute(folder: Path, *flags: str) -> Path:
 
 
 def finished(folder: Path) -> bool:
-    """Is there an evaluation at its last step?"""
+    """Whether the folder has the evaluation after the run's last step."""
     config = folder / "config.json"
     if not config.is_file():
         return False
@@ -61,82 +60,80 @@ def finished(folder: Path) -> bool:
     return (folder / "eval_logs" / f"metrics_{last:06}.json").is_file()
 
 
-def metrics(folder: Path, which: int) -> dict:
-    """The first (0) or last (-1) evaluation of a run."""
+def metrics(folder: Path, which: int) -> dict[str, Any]:
+    """The metrics of a run's first (0) or last (-1) evaluation."""
     return json.loads(sorted((folder / "eval_logs").glob("metrics_*.json"))[which].read_text())
 
 
 def grpo_seconds(folder: Path) -> float:
-    """Time of the optimizer steps of a run; evaluations and checkpoints are not in it."""
-    return sum(record["seconds/total"] for record in json.loads((folder / "train_logs.json").read_text()))
+    """Seconds of a run's optimizer steps, without evaluations and checkpoints."""
+    return sum(record["seconds/total"] for record in read_records(folder / "train_logs.json"))
 
 
-def evaluation_flags(task: str, more_options: dict) -> list[str]:
-    defaults = TINY_DEFAULTS[task]
+def evaluation_flags(task: str, more_options: dict[str, Any]) -> list[str]:
+    """Flags of main.py that evaluate a model as in the task's tiny runs, but with `more_options` of the task."""
+    defaults = RECIPES[task].defaults
     options = [f"{key}={value}" for key, value in (defaults["dataset_options"] | more_options).items()]
-    kept = [text for name in KEPT for text in (f"--{name}", str(defaults[name]))]
-    return ["--dataset_name", task, "--eval_only", *kept, "--dataset_options", *options]
+    same = [text for name in EVALUATION_FLAGS for text in (f"--{name}", str(defaults[name]))]
+    return ["--dataset_name", task, "--eval_only", *same, "--dataset_options", *options]
 
 
-def longer_warm_up(task: str) -> Path:
-    """The tiny model of a task after several times the usual warm-up: what more of the same would have given."""
-    recipe = dataclasses.replace(RECIPES[task], examples=LONGER[task] * RECIPES[task].examples)
-    return tiny_model(task, dataset_options=TINY_DEFAULTS[task]["dataset_options"], recipe=recipe)
+def warm_model(task: str, times: int = 1) -> Path:
+    """The task's tiny model after a warm-up that is `times` as long as usual."""
+    recipe = dataclasses.replace(RECIPES[task], examples=times * RECIPES[task].examples)
+    return tiny_model(task, dataset_options=recipe.defaults["dataset_options"], recipe=recipe)
 
 
 def best_constant(task: str) -> float | None:
-    """The score of whoever gives the same answer to all test questions, the best there is."""
+    """The highest score of a model that gives the same answer to every test question, None if it is not known."""
     evaluator = get_evaluator(task)
-    if not evaluator.exact:
+    if not evaluator.right_or_wrong:
         return evaluator.best_constant
-    defaults = TINY_DEFAULTS[task]
+    defaults = RECIPES[task].defaults
     dataset = get_dataset(task, "test", defaults["eval_size"], options=defaults["dataset_options"])
     (_, count), *_ = collections.Counter(dataset[i].answer for i in range(len(dataset))).most_common(1)
     return count / len(dataset)
 
 
-def score(headline, value: float) -> str:
-    if headline.unit == "%":
-        return f"{100 * value:.1f} %"
-    return f"{value:.1f}" if headline.unit else f"{value:.3f}"
-
-
-def spread(headline, values: list[float]) -> str:
+def mean_and_deviation(headline: Headline, values: list[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{score(headline, statistics.mean(values))} ± {score(headline, deviation)}"
+    return f"{format_value(statistics.mean(values), headline.unit)} ± {format_value(deviation, headline.unit)}"
 
 
 def rows_of(task: str, root: Path, seeds: list[int]) -> list[list[str]]:
-    """Run what is missing for a task -> the rows of its table: what, its score before, its score after."""
+    """The rows of a task's table: a description, the score before and after. Does the runs that are missing."""
     headline = get_evaluator(task).headline
     train = ["--model_path", "tiny", "--dataset_name", task, "--seed"]
 
-    def row(what: str, *runs: Path) -> list[str]:
-        """The score of the warm model, from which all start, and the last ones of some runs."""
-        finals = [metrics(run, -1)[headline.metric] for run in runs]
-        return [what, before, spread(headline, finals) if len(runs) > 1 else score(headline, finals[0])]
+    def final_score(run: Path) -> float:
+        return metrics(run, -1)[headline.metric]
 
     runs = [execute(root / f"{task}-seed{seed}", *train, str(seed)) for seed in seeds]
-    before = score(headline, metrics(runs[0], 0)[headline.metric])
-    chance = "–" if headline.chance is None else score(headline, headline.chance)
-    rows = [["chance", "", chance], ["best constant answer", "", score(headline, best_constant(task))]]
+    before = format_value(metrics(runs[0], 0)[headline.metric], headline.unit)  # of the warm model, the same for all
+    constant = format_value(best_constant(task), headline.unit)
+    rows = [["chance", "", format_value(headline.chance, headline.unit)], ["best constant answer", "", constant]]
     for seed, run in zip(seeds, runs, strict=True):
-        rows.append(row(f"GRPO, seed {seed}, {grpo_seconds(run):.0f} s", run))
+        score = format_value(final_score(run), headline.unit)
         median = metrics(run, -1).get("median_abs_error_minutes")
-        if median is not None:
-            rows[-1][-1] += f", median {median:.1f}"
-    rows.append(row("**GRPO, mean ± standard deviation**", *runs))
-    shuffled = [*train, "0", "--shuffle_rewards", "--max_steps", str(SHUFFLED_STEPS)]
-    rows.append(row(f"GRPO, rewards shuffled, {SHUFFLED_STEPS} steps", execute(root / f"{task}-shuffled", *shuffled)))
+        after = score if median is None else f"{score}, median {median:.1f}"
+        rows.append([f"GRPO, seed {seed}, {grpo_seconds(run):.0f} s", before, after])
+    mean = mean_and_deviation(headline, [final_score(run) for run in runs])
+    rows.append(["**GRPO, mean ± standard deviation**", before, mean])
+    control = [*train, "0", "--shuffle_rewards", "--max_steps", str(SHUFFLED_STEPS)]
+    shuffled = execute(root / f"{task}-shuffled", *control)
     longer = root / f"{task}-longer-warm-up"
     if not finished(longer):
-        execute(longer, "--model_path", str(longer_warm_up(task)), *evaluation_flags(task, {}))
-    rows.append(row(f"the warm-up alone, {LONGER[task]} times as long", longer))
+        execute(longer, "--model_path", str(warm_model(task, LONGER[task])), *evaluation_flags(task, {}))
+    for name, run in (
+        (f"GRPO, rewards shuffled, {SHUFFLED_STEPS} steps", shuffled),
+        (f"the warm-up alone, {LONGER[task]} times as long", longer),
+    ):
+        rows.append([name, before, format_value(final_score(run), headline.unit)])
     return rows + [unseen_row(task, options, root, runs) for options in UNSEEN[task]]
 
 
-def unseen_row(task: str, options: dict, root: Path, runs: list[Path]) -> list[str]:
-    """What carries over: the warm model and the trained ones on pictures or problems of another kind."""
+def unseen_row(task: str, options: dict[str, Any], root: Path, runs: list[Path]) -> list[str]:
+    """Generalization: the scores of the warm model and of the trained models with other `options` of the task."""
     headline = get_evaluator(task).headline
     name = "-".join([task, *(f"{key}{value}" for key, value in options.items())])
 
@@ -144,13 +141,13 @@ def unseen_row(task: str, options: dict, root: Path, runs: list[Path]) -> list[s
         run = execute(root / folder, "--model_path", str(model), *evaluation_flags(task, options))
         return metrics(run, -1)[headline.metric]
 
-    warm = tiny_model(task, dataset_options=TINY_DEFAULTS[task]["dataset_options"])
-    after = [evaluated(newest(run), f"{name}-{run.name}") for run in runs]
-    told = ", ".join(f"{key}={value}" for key, value in options.items())
-    return [f"never seen: `{told}`", score(headline, evaluated(warm, f"{name}-warm")), spread(headline, after)]
+    before = format_value(evaluated(warm_model(task), f"{name}-warm"), headline.unit)
+    after = [evaluated(newest_checkpoint(run), f"{name}-{run.name}") for run in runs]
+    shown = ", ".join(f"{key}={value}" for key, value in options.items())
+    return [f"never seen: `{shown}`", before, mean_and_deviation(headline, after)]
 
 
-def newest(run: Path) -> Path:
+def newest_checkpoint(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("step_*"))[-1]
 
 
@@ -162,9 +159,8 @@ def main() -> None:
     args = parser.parse_args()
     for task in args.tasks:
         rows = rows_of(task, Path(args.output_dir), args.seeds)
-        headline = get_evaluator(task).headline
-        unit = f" ({headline.unit})" if headline.unit else ""
-        print(f"\n{task}: {headline.label}{unit}\n{table(['', 'before', 'after'], rows)}\n", flush=True)
+        label = get_evaluator(task).headline.label
+        print(f"\n{task}: {label}\n{table(['', 'before', 'after'], rows)}\n", flush=True)
 
 
 if __name__ == "__main__":

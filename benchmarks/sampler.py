@@ -1,10 +1,10 @@
-"""Tokens per second of the sampler, of transformers' `generate`, and of its continuous batching where it runs.
+"""Tokens per second of the sampler, of transformers' `generate`, and of its continuous batching where that runs.
 
     uv run benchmarks/sampler.py --preset tiny-text
 
-All sample Q·G completions of exactly the same length from the same prompts at temperature 1, without filters; they take
-turns. On CUDA also how near the decode step is to the floor: the weights and the used part of the key-value cache read
-once per token step at the bandwidth that a large copy reaches on this device.
+Each samples Q·G completions of exactly the same length from the same prompts at temperature 1, without filters; they
+take turns. On CUDA the decode step is also compared with a lower bound: the time to read the weights and the used part
+of the key-value cache once per token step, at the bandwidth of a large copy on this device.
 """
 
 from __future__ import annotations
@@ -12,46 +12,48 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common import PRESETS, Preset, examples_of, make_model, synchronize, table
+from common import PRESETS, Preset, examples_of, make_model, median_of_ratios, table, timed
+
+if TYPE_CHECKING:
+    from llms import LLM, Prompts
+
+Run = Callable[[], object]  # samples once
 
 
-def sides(preset: Preset, folder: str):
-    """-> {name: a function that samples once}, the model and its prompts."""
+def sides(llm: LLM, prompts: Prompts, preset: Preset) -> dict[str, Run | str]:
+    """A function that samples once for each way of sampling, or the reason why that way does not run here."""
     import torch
 
-    from llms import encode_prompts, load_llm
-    from rollout import sample
+    from rollout import Sampler
 
-    llm = load_llm(folder, preset.device, preset.dtype)
-    examples = examples_of(preset, preset.prompts)
-    generator = torch.Generator(llm.device).manual_seed(0)
-    prompts = encode_prompts(llm, examples)
-    moved, G = prompts.to(llm.device), preset.generations
+    G = preset.generations
     inputs = {
-        "input_ids": moved.ids.repeat_interleave(G, 0),
-        "attention_mask": moved.mask.long().repeat_interleave(G, 0),
+        "input_ids": prompts.ids.repeat_interleave(G, 0),  # (B, P)
+        "attention_mask": prompts.mask.long().repeat_interleave(G, 0),  # (B, P)
     }
     if llm.is_vision:
-        rows = [one for one in moved.vision for _ in range(G)]
+        rows = [pictures for pictures in prompts.vision for _ in range(G)]
         inputs |= {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == llm.model.config.image_token_id).int()
     length = {"max_new_tokens": preset.length, "min_new_tokens": preset.length}
+    sampler = Sampler(llm, seed=0)
 
-    def ours():
-        sample(llm, prompts, G, preset.length, 1.0, generator, ignore_eos=True)
+    def here() -> object:
+        return sampler.sample(prompts, G, preset.length, temperature=1.0, ignore_eos=True)
 
     @torch.inference_mode()
-    def generate():
-        llm.model.generate(**inputs, **length, do_sample=True, top_k=0, pad_token_id=llm.pad_token_id)
+    def generate() -> object:
+        return llm.model.generate(**inputs, **length, do_sample=True, top_k=0, pad_token_id=llm.pad_token_id)
 
-    return {"here": ours, "generate": generate, "continuous batching": continuous(llm, moved, preset)}, llm, moved
+    return {"here": here, "generate": generate, "continuous batching": continuous_batching(llm, prompts, preset)}
 
 
-def continuous(llm, prompts, preset: Preset):
-    """transformers' own continuous batching, as a function, or the reason why it does not run here."""
+def continuous_batching(llm: LLM, prompts: Prompts, preset: Preset) -> Run | str:
+    """A function that samples once with transformers' continuous batching, or the reason why it does not run here."""
     if llm.is_vision:
         return "takes text only"
     from transformers import GenerationConfig
@@ -69,7 +71,7 @@ def continuous(llm, prompts, preset: Preset):
         for _ in range(preset.generations)
     ]
 
-    def run():
+    def run() -> None:
         results = llm.model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
         produced = sum(len(result.generated_tokens) for result in results.values())
         if produced < len(rows) * preset.length:
@@ -78,8 +80,8 @@ def continuous(llm, prompts, preset: Preset):
     return run
 
 
-def floor_seconds(llm, prompts, preset: Preset) -> float:
-    """The least a token step can take: weights and the mean used cache read once, at the bandwidth of a large copy."""
+def lower_bound(llm: LLM, prompts: Prompts, preset: Preset) -> float:
+    """Seconds to read the weights and, on average over the steps, the used cache once, at a large copy's bandwidth."""
     import torch
 
     source = torch.empty(2**30, dtype=torch.uint8, device=llm.device)
@@ -91,10 +93,10 @@ def floor_seconds(llm, prompts, preset: Preset) -> float:
         target.copy_(source)
     end.record()
     torch.cuda.synchronize()
-    bandwidth = 10 * 2 * source.numel() / (start.elapsed_time(end) / 1e3)  # bytes a second, read and written
-    text = llm.text_config
+    bandwidth = 10 * 2 * source.numel() / (start.elapsed_time(end) / 1e3)  # bytes per second, read and written
+    text = llm.model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    used = prompts.ids.shape[1] + preset.length / 2
+    used = prompts.ids.shape[1] + preset.length / 2  # cache slots, on average
     rows = preset.prompts * preset.generations
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * used * rows * llm.dtype.itemsize
     decoder = getattr(llm.model.base_model, "language_model", llm.model.base_model)
@@ -102,49 +104,51 @@ def floor_seconds(llm, prompts, preset: Preset) -> float:
     return (weights + cache) / bandwidth
 
 
+def measure(ways: dict[str, Run | str], rounds: int, device: str) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The seconds of each way that runs, once per round after a warm-up round, and the reasons of the others."""
+    reasons = {name: way for name, way in ways.items() if isinstance(way, str)}
+    times: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for name in [name for name in ways if name not in reasons]:
+            try:
+                seconds = timed(ways[name], device)
+            except Exception as error:  # a feature of another library: report that it does not run
+                reasons[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+                times.pop(name, None)
+                continue
+            if number:
+                times.setdefault(name, []).append(seconds)
+    return times, reasons
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny-text")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="how often each side samples, in turns")
     args = parser.parse_args()
+
+    from llms import encode_prompts, load_llm
+
     preset = PRESETS[args.preset]
     with tempfile.TemporaryDirectory() as scratch:
-        functions, llm, prompts = sides(preset, str(make_model(preset, Path(scratch) / "model")))
-    times: dict[str, list[float]] = {}
-    left_out: dict[str, str] = {}
-    for number in range(args.rounds + 1):
-        for name, function in functions.items():
-            if isinstance(function, str) or name in left_out:
-                left_out.setdefault(name, function if isinstance(function, str) else "")
-                continue
-            try:
-                synchronize(preset.device)
-                start = time.perf_counter()
-                function()
-                synchronize(preset.device)
-            except Exception as error:  # another library's feature: say that it does not run, and go on without it
-                left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-                continue
-            if number:
-                times.setdefault(name, []).append(time.perf_counter() - start)
+        llm = load_llm(str(make_model(preset, Path(scratch) / "model")), preset.device, preset.dtype)
+    prompts = encode_prompts(llm, examples_of(preset, preset.prompts)).to(llm.device)
+    times, reasons = measure(sides(llm, prompts, preset), args.rounds, preset.device)
     tokens = preset.prompts * preset.generations * preset.length
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = [
         [name, f"{tokens / t:,.0f}", f"{1e3 * t / preset.length:.2f}", f"{t / medians['here']:.2f}"]
         for name, t in medians.items()
     ]
-    rows += [[name, why, "", ""] for name, why in left_out.items()]
+    rows += [[name, reason, "", ""] for name, reason in reasons.items()]
     shape = f"{preset.prompts} × {preset.generations} × {preset.length} tokens"
     print(f"{args.preset}: {shape}, {preset.dtype}, {preset.device}")
-    print(table(["", "tokens/s", "ms a token step", "time / ours"], rows))
+    print(table(["", "tokens/s", "ms per token step", "time / ours"], rows))
     if "generate" in times:
-        ratio = statistics.median(t / o for o, t in zip(times["here"], times["generate"], strict=True))
-        print(f"ratio: {ratio:.2f} × generate's tokens/s")
+        print(f"ratio: {median_of_ratios(times['generate'], times['here']):.2f} × generate's tokens/s")
     if preset.device == "cuda":
-        floor = floor_seconds(llm, prompts, preset)
-        print(
-            f"floor: {1e3 * floor:.2f} ms a token step; here {medians['here'] / preset.length / floor:.2f} × the floor"
-        )
+        bound, step = lower_bound(llm, prompts, preset), medians["here"] / preset.length
+        print(f"lower bound: {1e3 * bound:.2f} ms per token step; here {step / bound:.2f} × that")
 
 
 if __name__ == "__main__":

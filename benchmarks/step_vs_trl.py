@@ -1,11 +1,11 @@
-"""One GRPO step here and in TRL's GRPOTrainer: same weights, prompts, group size, β, completion lengths, dtype.
+"""One GRPO step here and in TRL's GRPOTrainer: same weights, prompts, group size, β, completion lengths and dtype.
 
     uv run benchmarks/step_vs_trl.py --preset tiny-text
 
-Completions are forced to the same length on both sides (no end of sequence), so that the work is equal: sample Q·G
-completions, score them, reference log-probabilities (β 0.04), loss, gradients, AdamW. Each side runs in a process of
-its own and they take turns, round by round; on a GPU one after the other, since both would not fit. The first step of
-each round is left out: TRL's `train()` sets itself up in it.
+Both sides sample completions of the same fixed length, without an end of sequence, so that the work is equal: sample
+Q·G completions, score them, reference log-probabilities (β 0.04), loss, gradients, AdamW. Each side runs in its own
+process. On a CPU they take turns, round by round; on a GPU one runs after the other, since both would not fit into its
+memory. The first step of each round is not counted, because TRL's `train()` sets up its state there.
 """
 
 from __future__ import annotations
@@ -14,64 +14,61 @@ import argparse
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from common import PRESETS, ROOT, Preset, Worker, examples_of, make_model, peak_gb, synchronize, table
+from common import PRESETS, Preset, Worker, examples_of, make_model, median_of_ratios, serve, synchronize, table, timed
 
 LEARNING_RATE, BETA = 1e-6, 0.04
+NUM_EXAMPLES = 64  # that the steps take their prompts from, in turn
 
 
 def score(text: str) -> float:
-    """A reward that costs nothing and differs between completions."""
+    """A cheap reward that differs between completions."""
     return (sum(map(ord, text)) % 97) / 97
 
 
-def our_side(connection, preset: Preset, folder: str) -> None:
+def our_side(connection: Connection, preset: Preset, folder: str) -> None:
+    """A worker that runs the steps of this repository."""
     import torch
 
     import main
+    from config import parse_args
     from llms import encode_prompts, load_llm
-    from rollout import sample
+    from logprobs import reference_logps
+    from optimizer import MasterAdamW
+    from rollout import Sampler
+    from run import peak_memory_gb
 
-    flags = ["--model_path", folder, "--dataset_name", preset.task, "--learning_rate", str(LEARNING_RATE)]
-    flags += ["--beta", str(BETA), "--micro_batch_tokens", str(preset.micro_batch_tokens)]
-    args = main.parse_args([*flags, "--max_completion_length", str(preset.length)])
+    flags = f"--learning_rate {LEARNING_RATE} --beta {BETA} --max_completion_length {preset.length}"
+    flags += f" --num_generations {preset.generations} --micro_batch_tokens {preset.micro_batch_tokens}"
+    config = parse_args(["--model_path", folder, "--dataset_name", preset.task, *flags.split()])
     llm = load_llm(folder, preset.device, preset.dtype)
     reference = load_llm(folder, preset.device, preset.dtype).model.requires_grad_(False)
-    weights = main.MasterWeights(llm.model)
-    optimizer = main.make_optimizer(weights, llm.device, args)
-    generator = torch.Generator(llm.device).manual_seed(0)
-    examples = examples_of(preset, 64)
+    optimizer, sampler = MasterAdamW(llm.model, config), Sampler(llm, seed=0)
+    examples = examples_of(preset, NUM_EXAMPLES)
 
-    def step(number: int) -> None:
-        chosen = [examples[(number * preset.prompts + i) % len(examples)] for i in range(preset.prompts)]
-        prompts = encode_prompts(llm, chosen)
-        rollout = sample(llm, prompts, preset.generations, preset.length, 1.0, generator, ignore_eos=True)
+    def step() -> None:
+        prompts = encode_prompts(llm, examples[: preset.prompts])
+        examples.extend(examples[: preset.prompts])
+        del examples[: preset.prompts]
+        rollout = sampler.sample(prompts, preset.generations, preset.length, temperature=1.0, ignore_eos=True)
         rewards = torch.tensor([score(text) for text in rollout.texts])  # (B,)
         advantages = main.group_advantages(rewards, preset.generations).to(llm.device)  # (B,)
-        plan = main.plan_of(rollout, args)
-        ref_logps = main.reference_logps(llm, reference, rollout, plan, args)  # (B, T)
-        loss, _, _ = main.accumulate_gradients(
-            llm, rollout, advantages, rollout.completion_mask, None, ref_logps, plan, args
-        )
-        main.update(optimizer, weights, loss, LEARNING_RATE, 1.0)
+        ref_logps = reference_logps(llm, reference, rollout, config)  # (B, T)
+        mask = rollout.sampled_mask  # (B, T)
+        loss, _, _ = main.accumulate_gradients(config, llm, rollout, advantages, mask, None, ref_logps)
+        optimizer.step(loss)
 
-    connection.send("ready")
-    done = 0
-    while (count := connection.recv()) is not None:
-        times = []
-        for _ in range(count + 1):
-            synchronize(preset.device)
-            start = time.perf_counter()
-            step(done)
-            synchronize(preset.device)
-            times.append(time.perf_counter() - start)
-            done += 1
-        connection.send(times[1:])
-    connection.send(peak_gb(preset.device))
+    def run(count: int) -> list[float]:
+        return [timed(step, preset.device) for _ in range(count + 1)][1:]
+
+    serve(connection, run, lambda: peak_memory_gb(llm.device))
 
 
-def trl_side(connection, preset: Preset, folder: str) -> None:
+def trl_side(connection: Connection, preset: Preset, folder: str) -> None:
+    """A worker that runs the steps of TRL."""
     import logging
 
     import torch
@@ -83,78 +80,94 @@ def trl_side(connection, preset: Preset, folder: str) -> None:
         AutoTokenizer,
         TrainerCallback,
     )
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
+
+    from run import peak_memory_gb
 
     logging.disable(logging.WARNING)
 
-    class Stopwatch(TrainerCallback):
-        def __init__(self):
-            self.times = []
+    class StepTimes(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
 
-        def on_step_begin(self, *args, **kwargs):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             synchronize(preset.device)
             self.start = time.perf_counter()
 
-        def on_step_end(self, *args, **kwargs):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             synchronize(preset.device)
-            self.times.append(time.perf_counter() - self.start)
+            self.seconds.append(time.perf_counter() - self.start)
 
-    examples = examples_of(preset, 64)
-    vision = bool(examples[0].images)
-    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=getattr(torch, preset.dtype), attn_implementation="sdpa")
-    rows = {"prompt": [example.messages for example in examples]}
-    if vision:  # TRL puts the pictures into the messages itself
-        texts = [
-            [m["content"][-1]["text"] if m["role"] == "user" else m["content"] for m in e.messages] for e in examples
-        ]
-        rows["prompt"] = [
-            [{"role": m["role"], "content": text} for m, text in zip(e.messages, parts, strict=True)]
-            for e, parts in zip(examples, texts, strict=True)
-        ]
-        rows["image"] = [example.images[0] for example in examples]
+    rows = trl_rows(preset)
+    auto = AutoModelForImageTextToText if "image" in rows else AutoModelForCausalLM
+    times = StepTimes()
     with tempfile.TemporaryDirectory() as scratch:
-        config = GRPOConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=min(preset.prompts * preset.generations, 16 if preset.model else 64),
-            gradient_accumulation_steps=max(1, preset.prompts * preset.generations // 16) if preset.model else 1,
-            num_generations=preset.generations,
-            max_completion_length=preset.length,
-            generation_kwargs={"min_new_tokens": preset.length},
-            beta=BETA,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            temperature=1.0,
-            top_k=0,
-            max_steps=1,
-            bf16=preset.dtype == "bfloat16",
-            gradient_checkpointing=False,
-            use_cpu=preset.device == "cpu",
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_strategy="no",
-            dataloader_pin_memory=False,
-        )
-        stopwatch = Stopwatch()
         trainer = GRPOTrainer(
-            model=model,
-            args=config,
-            processing_class=(AutoProcessor if vision else AutoTokenizer).from_pretrained(folder),
+            model=auto.from_pretrained(folder, dtype=getattr(torch, preset.dtype), attn_implementation="sdpa"),
+            args=trl_config(preset, scratch),
+            processing_class=(AutoProcessor if "image" in rows else AutoTokenizer).from_pretrained(folder),
             train_dataset=Dataset.from_dict(rows),
             reward_funcs=[lambda completions, **_: [score(completion[0]["content"]) for completion in completions]],
-            callbacks=[stopwatch],
+            callbacks=[times],
         )
-        connection.send("ready")
-        while (count := connection.recv()) is not None:
-            stopwatch.times.clear()
+
+        def run(count: int) -> list[float]:
+            times.seconds.clear()
             trainer.args.max_steps = count + 1
             trainer.train()
-            connection.send(stopwatch.times[1:])
-        connection.send(peak_gb(preset.device))
+            return times.seconds[1:]
+
+        serve(connection, run, lambda: peak_memory_gb(torch.device(preset.device)))
+
+
+def trl_rows(preset: Preset) -> dict[str, list]:
+    """The examples as columns of TRL's dataset; TRL itself puts the placeholders of pictures into the messages."""
+    examples = examples_of(preset, NUM_EXAMPLES)
+    if not examples[0].images:
+        return {"prompt": [example.messages for example in examples]}
+
+    def text(content: str | list[dict]) -> str:
+        return content if isinstance(content, str) else content[-1]["text"]
+
+    return {
+        "prompt": [
+            [{"role": message["role"], "content": text(message["content"])} for message in example.messages]
+            for example in examples
+        ],
+        "image": [example.images[0] for example in examples],
+    }
+
+
+def trl_config(preset: Preset, folder: str) -> Any:
+    """TRL's settings for the preset's step, without logs and checkpoints."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=min(preset.prompts * preset.generations, 16 if preset.model else 64),
+        gradient_accumulation_steps=max(1, preset.prompts * preset.generations // 16) if preset.model else 1,
+        num_generations=preset.generations,
+        max_completion_length=preset.length,
+        generation_kwargs={"min_new_tokens": preset.length},
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        temperature=1.0,
+        top_k=0,
+        max_steps=1,
+        bf16=preset.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        use_cpu=preset.device == "cpu",
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
 
 
 def compare(name: str, rounds: int, steps: int) -> str:
+    """The table of `rounds` rounds of `steps` steps of each side."""
     preset = PRESETS[name]
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(make_model(preset, Path(scratch) / "model"))
@@ -179,22 +192,21 @@ def compare(name: str, rounds: int, steps: int) -> str:
         median, rates = statistics.median(times[side]), [1 / t for t in times[side]]
         spread = f"{1 / median:.2f} ({min(rates):.2f} to {max(rates):.2f})"
         rows.append([side, f"{median:.3f}", spread, f"{tokens / median:,.0f}", f"{peaks[side]:.2f}"])
-    ratio = statistics.median(theirs / ours for ours, theirs in zip(times["here"], times["TRL"], strict=True))
+    ratio = median_of_ratios(times["TRL"], times["here"])
     shape = f"{preset.prompts} prompts × {preset.generations} completions × {preset.length} tokens"
-    head = ["", "s a step", "steps/s (of rounds)", "tokens/s", "peak memory, GB"]
-    what = f"{name}: {shape}, {preset.dtype}, {preset.device}; {rounds} rounds of {steps} steps"
-    return f"{what}\n{table(head, rows)}\nratio: {ratio:.2f} × TRL's steps/s"
+    head = ["", "seconds per step", "steps/s (range over rounds)", "tokens/s", "peak memory, GB"]
+    title = f"{name}: {shape}, {preset.dtype}, {preset.device}; {rounds} rounds of {steps} steps"
+    return f"{title}\n{table(head, rows)}\nratio: {ratio:.2f} × TRL's steps/s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny-text")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="how often the sides take turns")
     parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
     args = parser.parse_args()
     print(compare(args.preset, args.rounds, args.steps))
 
 
 if __name__ == "__main__":
-    assert (ROOT / "main.py").is_file()
     main()
