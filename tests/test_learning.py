@@ -21,7 +21,7 @@ import tiny_models
 def warm_model(tmp_path_factory):
     """A shorter warm-up than the task's own: about a minute."""
     recipe = dataclasses.replace(tiny_models.RECIPES["clock"], examples=6400)
-    options = tiny_models.TINY_DEFAULTS["clock"]["dataset_options"]
+    options = tiny_models.RECIPES["clock"].defaults["dataset_options"]
     return tiny_models.tiny_model("clock", None, options, tmp_path_factory.mktemp("cache"), recipe=recipe)
 
 
