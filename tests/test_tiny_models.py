@@ -206,7 +206,7 @@ def test_grpo_cache_names_the_folder(tmp_path, monkeypatch):
     assert folder.is_relative_to(tmp_path / "elsewhere")
 
 
-def test_user_without_home_is_told_about_grpo_cache(monkeypatch):
+def test_user_without_home_is_refused(monkeypatch):
     """A container may run under a user id that has no entry in the password database, where Path.home() raises."""
     pwd = pytest.importorskip("pwd")
 
@@ -245,7 +245,7 @@ def test_cached_files_have_the_mode_of_the_umask(tmp_path, umask):
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
 
 
-def test_whatever_changes_the_model_changes_the_key(problems_file, tmp_path):
+def test_each_input_of_the_model_changes_the_key(problems_file, tmp_path):
     def key(task="arithmetic", path=None, options=None, **changes):
         recipe = brief(task, **changes)
         return tiny_models.cache_key(tiny_models.training_examples(task, path, options, recipe.examples), recipe)
