@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evaluator import clock_error_minutes
 from progress import format_value, make_output_safe
 from report import (
     NotARun,
@@ -401,11 +402,6 @@ def clock_seconds(value: object) -> int | None:
     """Seconds since twelve of an "HH:MM:SS" on a 12-hour dial, None for anything else."""
     match = re.fullmatch(r"(\d{1,2}):(\d{2}):(\d{2})", value) if isinstance(value, str) else None
     return (int(match[1]) * 3600 + int(match[2]) * 60 + int(match[3])) % 43200 if match else None
-
-
-def clock_error_minutes(true: int, predicted: int | None) -> float:
-    """Minutes between two times, the shorter way round a 12-hour dial; 360 for a time that cannot be read."""
-    return 360.0 if predicted is None else min((true - predicted) % 43200, (predicted - true) % 43200) / 60
 
 
 def draw_clocks(run: Run, evaluations: dict[str, list[dict]]) -> Iterator[tuple[str, "Figure"]]:

@@ -28,6 +28,7 @@ from PIL import Image
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
 from correlation_generator import CorrelationGenerator
+from evaluator import asked_format
 from progress import did_you_mean
 
 if TYPE_CHECKING:
@@ -36,14 +37,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 DEFAULT_SIZES = {"train": 4000, "test": 512}  # of the tasks that make their examples
 EVAL_SEED = 0  # every run is tested on the same examples, so that runs can be compared
-SYSTEM_PROMPT = """\
-Think first, then answer. Reply in exactly this format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>"""
+SYSTEM_PROMPT = "Think first, then answer. Reply in exactly this format:\n" + asked_format("...", "...")
 
 
 @dataclass(frozen=True)

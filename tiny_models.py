@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluator import AFTER_ANSWER, BEFORE_ANSWER, BEFORE_REASONING, asked_format
 from rldatasets import DATASETS, Dataset, get_dataset
+from run_folder import apply_umask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -274,7 +275,7 @@ def tiny_model(
     try:
         with torch_seeded(SEED):
             make(dataset, recipe, unfinished, say)
-        use_umask_mode(unfinished)
+        apply_umask(unfinished)
         rename_into_place(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -320,15 +321,6 @@ def remove_stale_builds(cache: Path, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # a running build may finish in this moment
             if time.time() - unfinished.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def use_umask_mode(folder: Path) -> None:
-    """Give every file in a new folder the permissions that the umask gives to new files, which are those of the folder
-    without the right to execute. safetensors writes weights that only their owner may read."""
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
 
 
 def rename_into_place(unfinished: Path, folder: Path) -> None:

@@ -65,7 +65,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         there = Path(scratch) / "revision"
         archive = subprocess.run(["git", "archive", args.revision], cwd=ROOT, check=True, capture_output=True).stdout
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(there, filter="data")
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(there, filter="data")
         differences = [compare(name, RUNS[name], there, Path(scratch)) for name in args.runs]
     return int(any(differences))
 
@@ -127,7 +128,7 @@ def steps_logged(folder: Path) -> int:
 
 
 def logged_values(folder: Path) -> dict[tuple[str, str], object]:
-    """{(column, place): value} of the log, the evaluations and the samples; digests of the last checkpoint's weights."""
+    """{(column, place): value} of the log, the evaluations and the samples; a digest of the last weights."""
     values: dict[tuple[str, str], object] = {}
     for record in json.loads((folder / "train_logs.json").read_text()):
         values |= {(name, f"step {record['step']}"): value for name, value in record.items()}
