@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluator import Completion, RewardEvaluator
-from llms import plain_text
+from prompts import plain_text
 from rldatasets import Example
 from rollout import Rollout
 

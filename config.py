@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from progress import did_you_mean
-from rldatasets import DATASETS, dataset_options
+from rldatasets import DATASETS, dataset_options, parse_option
 from tiny_models import RECIPES
 
 
@@ -106,6 +106,9 @@ class Config:
         None, "options of the task, such as style=bold size=56", nargs="*", metavar="KEY=VALUE"
     )
     output_dir: str = flag(None, "folder for the run (default: runs/TASK-MODEL)")
+    chat_template_kwargs: dict = flag(
+        None, "keywords for the model's chat template: enable_thinking=false", nargs="*", metavar="KEY=VALUE"
+    )
     train_size: int | None = flag(None, "number of training examples (default: the task's)", least=1)
     eval_size: int | None = flag(None, "number of test examples, always the first ones (default: the task's)", least=1)
 
@@ -209,6 +212,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if given["dataset_name"] not in DATASETS:
         parser.error(f"there is no task {given['dataset_name']!r}; {did_you_mean(given['dataset_name'], DATASETS)}")
     given["dataset_options"] = parse_options(parser, given, defaults.get("dataset_options", {}))
+    options = key_values(parser, "chat_template_kwargs", given)
+    given["chat_template_kwargs"] = {key: parse_option(value) for key, value in options.items()}
     given["output_dir"] = given["output_dir"] or f"runs/{given['dataset_name']}-{Path(given['model_path']).name}"
     choices = {field.name: given.pop(field.name) for field in dataclasses.fields(Objective) if field.name != "name"}
     choices = {name: value for name, value in choices.items() if value is not None}
@@ -230,15 +235,20 @@ def resolve_objective(parser: Parser, name: str | Objective) -> Objective:
 
 def parse_options(parser: Parser, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The task's options from KEY=VALUE texts, over the defaults of its tiny model."""
-    options, known = dict(defaults), dataset_options(given["dataset_name"])
-    for text in given["dataset_options"] or []:
-        key, _, value = text.partition("=")
-        if not (key and value):
-            parser.error(f"--dataset_options takes KEY=VALUE, not {text!r}")
+    options, known = key_values(parser, "dataset_options", given), dataset_options(given["dataset_name"])
+    for key in options:
         if key not in known:
             parser.error(f"the task {given['dataset_name']!r} has no option {key!r}; {did_you_mean(key, known)}")
-        options[key] = value
-    return options
+    return dict(defaults) | options
+
+
+def key_values(parser: Parser, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The KEY=VALUE texts of a flag as a dict."""
+    pairs = [text.partition("=") for text in given[name] or []]
+    for key, sign, value in pairs:
+        if not (key and value):
+            parser.error(f"--{name} takes KEY=VALUE, not {key + sign + value!r}")
+    return {key: value for key, _, value in pairs}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ they may see (those of earlier tokens first).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen
 
 def has_fast_layers(model) -> bool:
     """Does `run_layers` compute this architecture? Others go through transformers' own forward pass."""
+    if getattr(model, "fast_layers_differ", False):
+        return False
     config = model.config.get_text_config()
     full_attention = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     rope = getattr(config, "rope_parameters", None) or {}  # absent where positions are learned, as in GPT-2
@@ -27,12 +30,17 @@ def has_fast_layers(model) -> bool:
     return config.model_type in FAMILIES and full_attention and static_rope and config.hidden_act == "silu"
 
 
+def disable(model) -> None:
+    """Have `has_fast_layers` answer no for this model: its numbers differ (see llms.check_numbers)."""
+    model.fast_layers_differ = True
+
+
 def text_model_of(model):
     """The decoder, without the vision tower and the output embedding."""
     return getattr(model.base_model, "language_model", model.base_model)
 
 
-def run_layers(text_model, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, fused: list | None = None) -> Tensor:
+def run_layers(text_model, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, fused: Any = None) -> Tensor:
     """Token embeddings (n, H) -> last hidden states (n, H), after the final norm.
 
     Args:
@@ -67,13 +75,16 @@ def run_layers(text_model, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable
     return rms_norm(x, text_model.norm)
 
 
-def forward(model, ids: Tensor, positions: Tensor, bias: Tensor, past: list | None = None) -> tuple[Tensor, list]:
+def forward(
+    model, ids: Tensor, positions: Tensor, bias: Tensor, past: list | None = None, fused: Any = None
+) -> tuple[Tensor, list]:
     """One differentiable pass over (B, T) tokens -> hidden states (B, T, H), and each layer's keys and values.
 
     Args:
         positions: (B, T), or (3, B, T) for models with 3-D rotary positions.
         bias: (B, 1, T, S), added to the attention scores: 0 where visible, −inf elsewhere.
         past: each layer's keys and values (B, key heads, S - T, D) of earlier tokens, or None.
+        fused: as in `run_layers`.
     """
     text_model = text_model_of(model)
     rows, length = ids.shape
@@ -90,7 +101,7 @@ def forward(model, ids: Tensor, positions: Tensor, bias: Tensor, past: list | No
         mixed = F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=True)
         return mixed.transpose(1, 2).flatten(2).flatten(0, 1)  # (n, heads · D)
 
-    x = run_layers(text_model, x, cos.flatten(0, 1)[:, None], sin.flatten(0, 1)[:, None], attend)
+    x = run_layers(text_model, x, cos.flatten(0, 1)[:, None], sin.flatten(0, 1)[:, None], attend, fused)
     return x.unflatten(0, (rows, length)), cache
 
 

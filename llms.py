@@ -1,6 +1,6 @@
-"""Which model, which prompt? Loading language models, text and vision, and encoding prompts.
+"""Which model? Loading language models, text and vision.
 
-Letters in the shape comments: Q prompts, P prompt tokens (left-padded), V vocabulary.
+Letter in the shape comments: V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,23 +9,32 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
+from model_checks import (
+    ModelError,
+    check_numbers,
+    refuse_incomplete_folder,
+    refuse_missing_tensors,
+    refuse_qwen_vl_chat,
+    refuse_unknown_architecture,
+)
+from prompts import encode_prompts
+
 if TYPE_CHECKING:
     from config import Config
-    from rldatasets import Dataset, Example
+    from rldatasets import Dataset
 
 KEPT_BYTES = 32 * 2**20  # the largest block that glibc can be told to keep
 
@@ -44,10 +53,6 @@ def tune_cpu() -> None:
         ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
 
 
-class ModelError(ValueError):
-    """A model that cannot be loaded or used; the message is one line saying what, why and what to do."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
@@ -62,6 +67,7 @@ class LLM:
         eos_token_ids: every id that ends a completion (union of tokenizer and generation config).
         excluded_token_ids: ids that are never sampled and left out of the softmax: image and video placeholders, which
             would break the next forward pass.
+        chat_template_kwargs: keywords for the chat template, such as enable_thinking.
     """
 
     model: Any
@@ -73,6 +79,7 @@ class LLM:
     excluded_token_ids: tuple[int, ...]
     attn_implementation: str
     name: str
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -137,37 +144,43 @@ def load_llm(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> LLM:
     """Load a text or vision-language model from the hub or a local folder: safetensors only, no remote code.
 
+    A few tokens are computed in several ways (model_checks.py), so that a model which layers.py or the
+    log-probabilities would compute wrongly is found here.
+
     Raises:
-        ModelError: the model is not there, needs a token, needs remote code, or has a head this code cannot score.
+        ModelError: the model is not there, is incomplete, needs a token or remote code, or is one that this code cannot
+            sample from and score.
     """
-    refuse_qwen_vl_chat(str(model_path))
+    name = str(model_path)
+    refuse_qwen_vl_chat(name)
     tune_cpu()
     quiet_transformers()
     on, kind = pick_device(device), pick_dtype(dtype, pick_device(device))
     attention = pick_attention(attn_implementation, on, kind)
-    hub = {
-        "token": os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN"),
-        "trust_remote_code": False,
-        "local_files_only": Path(model_path).is_dir() or not hub_answers(),
-    }
-    with readable_errors(str(model_path)):
+    token = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or "").strip()
+    local = Path(model_path).is_dir()
+    hub = {"token": token or None, "trust_remote_code": False, "local_files_only": local or not hub_answers()}
+    if local:
+        refuse_incomplete_folder(Path(model_path))
+    with readable_errors(name):
         config = AutoConfig.from_pretrained(model_path, **hub)
-        is_vision = getattr(config, "vision_config", None) is not None
-        auto_class = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
-        model = auto_class.from_pretrained(
-            model_path, dtype=kind, attn_implementation=attention, use_safetensors=True, **hub
-        ).to(on)
-        processor = AutoProcessor.from_pretrained(model_path, **hub) if is_vision else None
+        is_vision = refuse_unknown_architecture(config, name)
+        auto_class: Any = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
+        how = {"dtype": kind, "attn_implementation": attention, "use_safetensors": True, "output_loading_info": True}
+        model, loaded = auto_class.from_pretrained(model_path, **how, **hub)
+        model = model.to(on)
+        processor: Any = AutoProcessor.from_pretrained(model_path, **hub) if is_vision else None
         tokenizer = processor.tokenizer if is_vision else AutoTokenizer.from_pretrained(model_path, **hub)
-    refuse_unknown_head(model, str(model_path))
+    refuse_missing_tensors(loaded, name)
     # In many models the pad token also ends turns inside prompts: with a padding_idx its embedding is not trained.
     model.get_input_embeddings().padding_idx = None
     model.eval()  # with dropout, trainer and sampler would disagree; gradients do not need train mode
     eos_token_ids = union_of_eos(tokenizer, model)
-    return LLM(
+    llm = LLM(
         model=model,
         tokenizer=tokenizer,
         processor=processor,
@@ -176,8 +189,11 @@ def load_llm(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_token_ids[0],
         excluded_token_ids=placeholder_ids(config),
         attn_implementation=attention,
-        name=str(model_path),
+        name=name,
+        chat_template_kwargs=chat_template_kwargs or {},
     )
+    check_numbers(llm)
+    return llm
 
 
 def hub_answers(seconds: float = 5.0) -> bool:
@@ -190,8 +206,9 @@ def hub_answers(seconds: float = 5.0) -> bool:
 
 
 def union_of_eos(tokenizer: Any, model: Any) -> tuple[int, ...]:
-    """Ids that end a completion: chat models name them in the tokenizer or the generation config, Qwen2.5 in both."""
-    ids = [tokenizer.eos_token_id]
+    """Ids that end a completion: those that the tokenizer and the generation config name (Qwen2.5: different ones), and
+    the token with which the chat template closes the assistant's turn."""
+    ids = [tokenizer.eos_token_id, closing_token(tokenizer)]
     if model.generation_config is not None:
         named = model.generation_config.eos_token_id
         ids += named if isinstance(named, list) else [named]
@@ -201,28 +218,24 @@ def union_of_eos(tokenizer: Any, model: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def closing_token(tokenizer: Any) -> int | None:
+    """The special token that follows the assistant's text in the chat template; None without one."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may refuse these turns; then it names no token here
+        return None
+    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return ids[0] if ids and ids[0] in special else None
+
+
 def placeholder_ids(config: Any) -> tuple[int, ...]:
     """Ids that a prompt holds in place of the features of its pictures."""
     ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
     return tuple(sorted({i for i in ids if i is not None}))
-
-
-def refuse_qwen_vl_chat(model_path: str) -> None:
-    if model_path.rstrip("/").lower().endswith(("qwen-vl-chat", "qwen-vl")):
-        raise ModelError(
-            f"{model_path} runs only with remote code written for a transformers of 2023, which is not executed here; "
-            "use its successor: --model_path Qwen/Qwen2.5-VL-3B-Instruct"
-        )
-
-
-def refuse_unknown_head(model: Any, name: str) -> None:
-    """`token_logps` multiplies hidden states by the output embedding; it would score a head that does more wrongly."""
-    config = model.config.get_text_config()
-    for extra in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, extra, None) not in (None, 1, 1.0):
-            raise ModelError(f"{name} changes its logits after the output layer ({extra}), which is not supported here")
-    if model.get_output_embeddings() is None or getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ModelError(f"{name} has no plain output embedding, which the log-probabilities are computed from")
 
 
 def recompute_activations(model: Any) -> None:
@@ -244,32 +257,37 @@ class readable_errors:  # lower case, like the context managers of the standard 
     def __init__(self, name: str):
         self.name = name
 
-    def __enter__(self):
-        if Path(self.name).is_dir() and not (Path(self.name) / "config.json").is_file():
-            raise ModelError(f"the folder {self.name} holds no model: it has no config.json")
+    def __enter__(self) -> None:
+        pass
 
-    def __exit__(self, kind, error, traceback):
-        if error is None or not isinstance(error, Exception) or isinstance(error, ModelError):
-            return False
-        text = " ".join(str(error).split())
-        if "gated" in text.lower() or "401" in text or "403" in text:
-            advice = "it needs permission: accept its licence on the hub and set HF_TOKEN"
-        elif "trust_remote_code" in text or "custom code" in text:
-            advice = "it needs code from the hub, which is never executed here: choose a model that transformers knows"
-        elif "safetensors" in text and "pickle" not in text:
-            advice = "it has no safetensors weights; pickled weights are not loaded here because they can run code"
-        elif isinstance(error, ImportError):
-            advice = f"a package is missing: {text[:200]}"
-        elif isinstance(error, OSError):
-            advice = (
-                "it is neither a local folder nor a model that the hub (or its cache on this machine) gives; "
-                f"check the name, the network, and HF_TOKEN if it is private ({text[:160]})"
-            )
-        elif isinstance(error, torch.OutOfMemoryError):
-            advice = "its weights do not fit into this GPU's memory: choose a smaller model"
-        else:
-            advice = f"{type(error).__name__}: {text[:300]}"
-        raise ModelError(f"the model {self.name!r} cannot be loaded: {advice}") from error
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ModelError):
+            raise ModelError(f"the model {self.name!r} cannot be loaded: {advice_for(error)}") from error
+
+
+def advice_for(error: Exception) -> str:
+    """Why loading failed, by the types of the exceptions behind it, and what to do."""
+    causes: list[BaseException] = [error]
+    while nested := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(nested)
+    text = " ".join(str(error).split())
+    status = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    if any(isinstance(cause, GatedRepoError) for cause in causes) or {401, 403} & set(status):
+        return "it needs permission: accept its licence on the hub and set HF_TOKEN"
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it needs code from the hub, which is never executed here: choose a model that transformers knows"
+    if "safetensors" in text and "does not appear to have" in text:
+        return "it has no safetensors weights; pickled weights are not loaded here because they can run code"
+    if isinstance(error, ImportError):
+        return f"a package is missing: {text[:200]}"
+    if isinstance(error, OSError):
+        return (
+            "it is neither a local folder nor a model that the hub (or its cache on this machine) gives; check the "
+            f"name, the network, and HF_TOKEN if it is private ({text[:160]})"
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return "its weights do not fit into this GPU's memory: choose a smaller model"
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def quiet_transformers() -> None:
@@ -278,133 +296,6 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-@dataclass
-class Prompts:
-    """Q encoded prompts.
-
-    Attributes:
-        ids, mask: (Q, P), left-padded; the mask is True on real tokens.
-        positions: (Q, P), or (3, Q, P) for models with 3-D rotary positions (time, height, width of a picture).
-        vision: for each prompt the inputs of the vision tower (`pixel_values` (patches, …), `image_grid_thw`
-            (pictures, 3)); empty dicts for text.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    vision: list[dict[str, Tensor]]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Q numbers of tokens, pictures included."""
-        return self.mask.sum(1).tolist()
-
-    def to(self, device: torch.device) -> Prompts:
-        vision = [{name: tensor.to(device, non_blocking=True) for name, tensor in one.items()} for one in self.vision]
-        return Prompts(self.ids.to(device), self.mask.to(device), self.positions.to(device), vision)
-
-    def select(self, index: list[int]) -> Prompts:
-        """The prompts at `index`, without the columns that are padding in all of them."""
-        mask = self.mask[index]
-        start = int(mask.any(0).int().argmax())
-        return Prompts(
-            self.ids[index][:, start:],
-            mask[:, start:],
-            self.positions[..., index, start:],
-            [self.vision[i] for i in index],
-        )
-
-    @staticmethod
-    def cat(parts: Sequence[Prompts]) -> Prompts:
-        """All prompts of several batches, left-padded to the longest."""
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.ids.shape[1] for part in parts)
-
-        def padded(tensor: Tensor) -> Tensor:  # (…, P) -> (…, longest P)
-            return F.pad(tensor, (width - tensor.shape[-1], 0))
-
-        return Prompts(
-            torch.cat([padded(part.ids) for part in parts]),
-            torch.cat([padded(part.mask) for part in parts]),
-            torch.cat([padded(part.positions) for part in parts], -2),
-            [one for part in parts for one in part.vision],
-        )
-
-    def next_positions(self) -> Tensor:
-        """(Q,) the position of the first completion token: one past the largest of the prompt."""
-        positions = self.positions if self.positions.dim() == 2 else self.positions.amax(0)  # (Q, P)
-        return positions.masked_fill(~self.mask, 0).amax(1) + 1
-
-
-def chat_text(llm: LLM, example: Example) -> str:
-    """The prompt in the model's chat template, up to where the assistant's turn begins."""
-    writer = llm.processor if llm.is_vision and llm.processor.chat_template else llm.tokenizer
-    if not writer.chat_template:  # a base model: plain text, which the answer continues
-        return "\n\n".join(plain_text(message["content"]) for message in example.messages) + "\n\n"
-    return writer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True)
-
-
-def plain_text(content: str | list[dict]) -> str:
-    """The text of a message, without its pictures."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
-    """Tokenize Q examples, with their pictures, left-padded, on the CPU, so that a thread can prefetch them.
-
-    Raises:
-        ModelError: a picture in a prompt of a text model.
-    """
-    texts = [chat_text(llm, example) for example in examples]
-    pictures = [picture for example in examples for picture in example.images]
-    if pictures and not llm.is_vision:
-        raise ModelError(f"the task shows pictures and {llm.name} reads text only: choose a vision-language model")
-    # One call for all costs half of a call for each. add_special_tokens=False: the chat template has written them.
-    if pictures:
-        output = llm.processor(text=texts, images=pictures, add_special_tokens=False)
-        per_prompt = [len(example.images) for example in examples]
-        grids = torch.as_tensor(output["image_grid_thw"]).split(per_prompt)  # Q × (pictures, 3)
-        sizes = [int(grid.prod(1).sum()) for grid in grids]
-        patches = torch.as_tensor(output["pixel_values"]).split(sizes)  # Q × (patches, …)
-        vision = [
-            {"pixel_values": pixels, "image_grid_thw": grid} if len(grid) else {}
-            for pixels, grid in zip(patches, grids, strict=True)
-        ]
-    else:
-        output, vision = llm.tokenizer(texts, add_special_tokens=False), [{} for _ in texts]
-    encoded = output["input_ids"]  # Q lists, none padded
-    length = max(len(ids) for ids in encoded)
-    ids = torch.full((len(encoded), length), llm.pad_token_id)  # (Q, P)
-    mask = torch.zeros(len(encoded), length, dtype=torch.bool)  # (Q, P), from lengths: pad may equal end-of-sequence
-    for row, tokens in enumerate(encoded):
-        ids[row, length - len(tokens) :] = torch.as_tensor(tokens)
-        mask[row, length - len(tokens) :] = True
-    return Prompts(ids, mask, prompt_positions(llm, ids, mask, vision), vision)
-
-
-def prompt_positions(llm: LLM, ids: Tensor, mask: Tensor, vision: list[dict[str, Tensor]]) -> Tensor:
-    """(Q, P) counted from the first real token, or (3, Q, P) from the model itself if it places pictures in 3-D."""
-    inner = llm.model.base_model
-    if not hasattr(inner, "get_rope_index"):
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)
-    grids = [one["image_grid_thw"] for one in vision if one]
-    positions, _ = inner.get_rope_index(
-        ids,
-        mm_token_type_ids=(ids == llm.model.config.image_token_id).int(),  # 1 on a picture's tokens
-        image_grid_thw=torch.cat(grids) if grids else None,
-        attention_mask=mask.long(),
-    )
-    return positions
 
 
 def refuse_unfit_model(config: Config, llm: LLM, test_set: Dataset) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import layers
-from llms import KEPT_BYTES, LLM, Prompts
+from llms import KEPT_BYTES, LLM
+from prompts import Prompts
 
 if TYPE_CHECKING:
     from config import Config

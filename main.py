@@ -33,9 +33,10 @@ from torch import Tensor
 
 from batch import Batch, evaluation_metrics
 from evaluator import Completion, RewardEvaluator, get_evaluator
-from llms import LLM, encode_prompts, load_llm, recompute_activations, refuse_unfit_model
+from llms import LLM, load_llm, recompute_activations, refuse_unfit_model
 from logprobs import masked_mean, reference_logps, token_logps_and_entropy
 from optimizer import MasterAdamW, sync_reference
+from prompts import encode_prompts
 from rldatasets import Dataset, TrainLoader, get_dataloaders
 from rollout import Rollout, Sampler
 from run import Run, due, exit_status
@@ -370,7 +371,7 @@ def set_up_and_train(config: Config) -> int:
         model_path = config.model_path
         if model_path == "tiny":
             model_path = str(tiny_model(config.dataset_name, config.dataset_path, config.dataset_options))
-        how = (config.device, config.dtype, config.attn_implementation)
+        how = (config.device, config.dtype, config.attn_implementation, config.chat_template_kwargs)
         llm = load_llm(run.checkpoint or model_path, *how)
         loader, test_set = get_dataloaders(
             *(config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed),

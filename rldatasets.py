@@ -32,7 +32,7 @@ from evaluator import asked_format
 from progress import did_you_mean
 
 if TYPE_CHECKING:
-    from llms import Prompts
+    from prompts import Prompts
 
 SPLITS = ("train", "test")
 DEFAULT_SIZES = {"train": 4000, "test": 512}  # of the tasks that make their examples

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import layers
-from llms import LLM, Prompts, encode_prompts
+from llms import LLM
 from logprobs import forward_prompts, keys_and_values
+from prompts import Prompts, encode_prompts
 
 if TYPE_CHECKING:
     from rldatasets import Example
@@ -184,7 +185,7 @@ class Sampler:
         ids.masked_fill_(~mask, llm.pad_token_id)
         logps.masked_fill_(~mask, 0.0)
         tokens = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
-        texts = llm.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts = decode_texts(llm, tokens)
         return Rollout(prompts, ids, mask, logps, finished, texts, num_generations)
 
     @contextlib.contextmanager
@@ -213,6 +214,14 @@ class Sampler:
             kind = FusedDecoder if layers.has_fast_layers(self.llm.model) else Decoder
             self.decoder = kept = kind(self.llm, rows, slots)
         return kept
+
+
+def decode_texts(llm: LLM, rows: list[list[int]]) -> list[str]:
+    """The texts of completions, without end and padding tokens; other special tokens stay, since a format's tags may
+    be special tokens of the tokenizer."""
+    dropped = {llm.pad_token_id, *llm.eos_token_ids}
+    kept = [[token for token in row if token not in dropped] for row in rows]
+    return llm.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def clone_prompts(prompts: Prompts) -> Prompts:

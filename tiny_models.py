@@ -599,7 +599,7 @@ def labelled_rollout(llm: LLM, dataset: Dataset, recipe: Recipe, indices: list[i
     """A rollout whose completions are `recipe.labels` noisy labels for each example, instead of samples."""
     import torch
 
-    from llms import encode_prompts
+    from prompts import encode_prompts
     from rollout import Rollout
 
     examples = [dataset[index] for index in indices]

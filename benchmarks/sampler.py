@@ -127,7 +127,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each side samples, in turns")
     args = parser.parse_args()
 
-    from llms import encode_prompts, load_llm
+    from llms import load_llm
+    from prompts import encode_prompts
 
     preset = PRESETS[args.preset]
     with tempfile.TemporaryDirectory() as scratch:

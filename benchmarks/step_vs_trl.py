@@ -35,9 +35,10 @@ def our_side(connection: Connection, preset: Preset, folder: str) -> None:
 
     import main
     from config import parse_args
-    from llms import encode_prompts, load_llm
+    from llms import load_llm
     from logprobs import reference_logps
     from optimizer import MasterAdamW
+    from prompts import encode_prompts
     from rollout import Sampler
     from run import peak_memory_gb
 
