@@ -7,10 +7,12 @@ To add a reward component, write one method `name(self, completion, gold) -> flo
 `"name": weight` in the evaluator's `components`.
 
 A completion is untrusted text: it may hold a million tags or numbers of 100,000 digits. Parsing takes time linear in
-its length and never raises an exception. There are two readings of the answer:
+its length and never raises an exception. `answers.py` says how an answer is read. A completion has two readings:
 
 - The rewards use the strict one: the answer block must hold one answer, not several to choose from.
 - `predict` is lenient: it takes the last answer in the answer block or, without one, the last answer in the text.
+
+Only what follows a closed `<think>` block is scored.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from answers import CLOCK_TIME, FULL_CLOCK_TIME, INTEGER, NUMBER, PLAIN_DECIMAL, clock_seconds, read_number
+import answers as reading
 from progress import did_you_mean
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ Answer = str | float | None  # an answer in its canonical form; None if there is
 # ---------------------------------------------------------------------------------------------------------------------
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 BEFORE_REASONING, BEFORE_ANSWER, AFTER_ANSWER = f"{TAGS[0]}\n", f"\n{TAGS[1]}\n{TAGS[2]}\n", f"\n{TAGS[3]}"
+END_OF_THINKING = "</think>"
 
 # `.*` cannot make this slow: it is tried only on texts that hold each tag once, so there is one place to split at.
 STRICT_FORMAT = re.compile(f"{BEFORE_REASONING}.*{BEFORE_ANSWER}.*{AFTER_ANSWER}\n?", re.DOTALL)
@@ -48,6 +51,14 @@ BETWEEN_BLOCKS = re.compile(rf"{TAGS[1]}\s*{TAGS[2]}")
 def asked_format(reasoning: str, answer: str) -> str:
     """A completion in the format that the system prompt asks for."""
     return f"{BEFORE_REASONING}{reasoning}{BEFORE_ANSWER}{answer}{AFTER_ANSWER}"
+
+
+def text_after_thinking(text: str) -> str:
+    """What follows the last `</think>`, without leading white space; the whole text if there is none.
+
+    Chat templates of reasoning models open `<think>` in the prompt, so that the asked format can only follow its end.
+    """
+    return text.rpartition(END_OF_THINKING)[2].lstrip() if END_OF_THINKING in text else text
 
 
 def follows_strict_format(text: str) -> bool:
@@ -80,9 +91,10 @@ class Completion:
     """A completion, parsed once."""
 
     text: str
-    tagged: str | None  # the contents of the answer block; None without one
-    strict_format: bool  # whether the text is exactly in the asked format
-    prediction: Answer  # the lenient reading: the last answer in the answer block or, without one, in the text
+    reply: str  # what follows a closed <think> block; the text without one. Only this is scored
+    tagged: str | None  # the contents of the reply's answer block; None without one
+    strict_format: bool  # whether the reply is exactly in the asked format
+    prediction: Answer  # the lenient reading: the last answer in the answer block or, without one, in the reply
     strict_prediction: Answer  # the only answer in the answer block
 
 
@@ -131,14 +143,17 @@ class RewardEvaluator(ABC):
         if isinstance(completion, Completion):
             return completion
         with self._explained(f"reading {completion[:80]!r} in"):
-            tagged = tagged_answer(completion)
-            strict_format = follows_strict_format(completion)
-            prediction = self._last_answer(tagged, completion)
-            return Completion(completion, tagged, strict_format, prediction, self.parse_answer(tagged or ""))
+            reply = text_after_thinking(completion)
+            tagged, strict_format = tagged_answer(reply), follows_strict_format(reply)
+            found = self._find(tagged or "")
+            strict_prediction = self.value(found[0]) if len(found) == 1 else None
+            found = found or self._find(reply) or (self._find(completion) if reply != completion else [])
+            prediction = self.value(found[-1]) if found else None
+            return Completion(completion, reply, tagged, strict_format, prediction, strict_prediction)
 
     def parse_answer(self, text: str) -> Answer:
         """The only answer in a text, which may have words or a unit around it; None without one or with several."""
-        found = list(self.answer_pattern.finditer(text))
+        found = self._find(text)
         return self.value(found[0]) if len(found) == 1 else None
 
     def predict(self, text: str) -> Answer:
@@ -221,11 +236,11 @@ class RewardEvaluator(ABC):
 
     def loose_format(self, completion: Completion, gold: Answer) -> float:
         """The text contains a reasoning block followed by an answer block."""
-        return follows_loose_format(completion.text)
+        return follows_loose_format(completion.reply)
 
     def tag_count(self, completion: Completion, gold: Answer) -> float:
         """1/4 for each tag that occurs once and in order; less 0.002 per character after the last tag; at least 0."""
-        text, share, position = completion.text, 0.0, -1
+        text, share, position = completion.reply, 0.0, -1
         for tag in TAGS:
             place = text.find(tag, position + 1)
             if place >= 0 and text.count(tag) == 1:
@@ -236,12 +251,8 @@ class RewardEvaluator(ABC):
 
     # --- Helpers ---
 
-    def _last_answer(self, tagged: str | None, text: str) -> Answer:
-        for part in (tagged, text):
-            found = list(self.answer_pattern.finditer(part or ""))
-            if found:
-                return self.value(found[-1])
-        return None
+    def _find(self, text: str) -> list[re.Match[str]]:
+        return list(self.answer_pattern.finditer(reading.plain_text(text)))
 
     @contextmanager
     def _explained(self, what: str, place: str = "") -> Iterator[None]:
@@ -264,16 +275,13 @@ class ExactNumberEvaluator(RewardEvaluator):
     }
     headline = Headline("accuracy", "accuracy", "%", lower_is_better=False, chance=None)
     right_or_wrong = True
-    answer_pattern = NUMBER
+    answer_pattern = reading.NUMBER
     gold = "72"
 
     def value(self, match: re.Match[str]) -> str | None:
-        """The number written plainly, so that equal numbers are equal texts: "1080", "-2.5"."""
-        value = read_number(match.group())
-        if not value:
-            return None if value is None else "0"
-        plain = f"{value:f}"
-        return plain.rstrip("0").rstrip(".") if "." in plain else plain
+        """The number as a plain decimal, "1080" or "-2.5", or as a fraction, "1/3"."""
+        value = reading.read_number(match)
+        return None if value is None else reading.write_number(value)
 
     def correctness(self, completion: Completion, gold: Answer) -> float:
         """The answer block holds the right number and no other."""
@@ -281,7 +289,7 @@ class ExactNumberEvaluator(RewardEvaluator):
 
     def integer(self, completion: Completion, gold: Answer) -> float:
         """The answer block is one whole number, right or wrong, and nothing else."""
-        return completion.strict_prediction is not None and INTEGER.fullmatch(completion.tagged or "") is not None
+        return completion.strict_prediction is not None and reading.is_integer(completion.tagged or "")
 
     def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
         """`accuracy` of the lenient readings; `accuracy_strict`: right and in exactly the asked format."""
@@ -329,23 +337,20 @@ class ClockEvaluator(ClosenessEvaluator):
     components: ClassVar = {"closeness": 3.0, "time_format": 0.5, "strict_format": 0.5}
     headline = Headline("mean_abs_error_minutes", "mean error", "min", lower_is_better=True, chance=180.0)
     best_constant = 180.0  # on a circle, no answer is nearer to all times than another
-    answer_pattern = CLOCK_TIME
+    answer_pattern = reading.TIME
     gold = "08:15:30"
     max_error = 360.0
 
     def value(self, match: re.Match[str]) -> str | None:
-        """A time as HH:MM:SS; seconds that are not given are 0."""
-        hour, minute, second = ([int(part) for part in match.group().split(":")] + [0])[:3]
-        return f"{hour:02}:{minute:02}:{second:02}" if hour < 24 and minute < 60 and second < 60 else None
+        """A time as HH:MM:SS."""
+        return reading.read_time(match)
 
     def distance(self, prediction: str | float, gold: str | float) -> float:
-        return clock_error_minutes(clock_seconds(prediction), clock_seconds(gold))
+        return clock_error_minutes(reading.clock_seconds(prediction), reading.clock_seconds(gold))
 
     def time_format(self, completion: Completion, gold: Answer) -> float:
         """The answer block is a time as HH:MM:SS and nothing else."""
-        return (
-            completion.strict_prediction is not None and FULL_CLOCK_TIME.fullmatch(completion.tagged or "") is not None
-        )
+        return completion.strict_prediction is not None and reading.is_full_time(completion.tagged or "")
 
     def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
         errors = self.errors(completions, answers)  # (B,), minutes
@@ -363,12 +368,13 @@ class CorrelationEvaluator(ClosenessEvaluator):
     components: ClassVar = {"closeness": 1.0, "value_format": 0.5, "strict_format": 0.5}
     headline = Headline("mean_abs_error", "mean error", "", lower_is_better=True, chance=2 / 3)  # two uniform numbers
     best_constant = 0.5  # always 0, with r uniform in [-1, 1]
-    answer_pattern = NUMBER
+    answer_pattern = reading.NUMBER
     gold = "-0.42"
     max_error = 2.0
 
     def value(self, match: re.Match[str]) -> float | None:
-        value = read_number(match.group())
+        """A number from -1 to 1; a percentage is unreadable, since 42 % may be meant as 0.42 or as 0.0042."""
+        value = None if match["percent"] else reading.read_number(match)
         return float(value) if value is not None and -1 <= value <= 1 else None
 
     def distance(self, prediction: str | float, gold: str | float) -> float:
@@ -376,11 +382,11 @@ class CorrelationEvaluator(ClosenessEvaluator):
 
     def value_format(self, completion: Completion, gold: Answer) -> float:
         """The answer block is a decimal number from -1 to 1 and nothing else."""
-        return completion.strict_prediction is not None and PLAIN_DECIMAL.fullmatch(completion.tagged or "") is not None
+        return completion.strict_prediction is not None and reading.is_decimal(completion.tagged or "")
 
     def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
         """`pearson_r` is over the readable answers; 0 if either side is constant."""
-        pairs = [(c.prediction, float(answer)) for c, answer in zip(completions, answers, strict=True)]
+        pairs = [(c.prediction, self.parse_answer(answer)) for c, answer in zip(completions, answers, strict=True)]
         readable = np.array([pair for pair in pairs if pair[0] is not None])  # (N, 2)
         return {
             "mean_abs_error": float(self.errors(completions, answers).mean()),

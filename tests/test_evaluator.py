@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluator
+from answers import clock_seconds
 from evaluator import (
     EVALUATORS,
     TAGS,
@@ -21,7 +22,6 @@ from evaluator import (
     RewardError,
     RewardEvaluator,
     clock_error_minutes,
-    clock_seconds,
     follows_loose_format,
     follows_strict_format,
     get_evaluator,
@@ -146,6 +146,37 @@ def test_several_lines_of_reasoning_earn_the_format_rewards():
 )
 def test_not_strict(text):
     assert not follows_strict_format(text)
+
+
+@pytest.mark.parametrize("before", ["</think>", "so</think>\n\n", "<think>so</think>\n", "a</think>b</think> "])
+def test_the_format_is_looked_for_after_a_closed_think_block(before):
+    """A chat template that opens <think> in the prompt makes the completion begin inside that block."""
+    for task in EVALUATORS:
+        scorer = get_evaluator(task)
+        text = asked_format(scorer.gold)
+        assert scorer.parse(before + text).strict_format
+        assert scorer.score(before + text, scorer.gold) == scorer.score(text, scorer.gold)
+
+
+def test_what_is_thought_is_not_scored():
+    thought = asked_format("72") + "</think>\n"
+    assert components("gsm8k", thought + "I am not sure")["correctness"] == 0.0
+    assert components("gsm8k", thought + asked_format("71")) == components("gsm8k", asked_format("71"))
+    assert not get_evaluator("gsm8k").parse("<think>so" + asked_format("72")).strict_format  # never closed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("71</think>72", "72"),
+        ("71 <answer>7</answer></think>It is 72.", "72"),
+        ("72</think>", "72"),
+        ("</think>", None),
+    ],
+)
+def test_lenient_reading_after_a_think_block(text, expected):
+    """Without an answer after the block, the last one in it counts."""
+    assert get_evaluator("gsm8k").predict(text) == expected
 
 
 def test_strict_allows_one_newline_after():
@@ -436,16 +467,16 @@ def test_any_text_is_scored(task, completion):
     check_scored(task, completion)
 
 
-LOTS = 200_000
+LOTS = 20_000
 PATHOLOGICAL = {
-    "a million opening tags": "<answer>" * 1_000_000,
+    "many opening tags": "<answer>" * (5 * LOTS),
     "many closing tags": "</answer>" * LOTS,
     "many blocks": "<answer>7</answer>" * LOTS,
     "many borders": "<reasoning>" + "</reasoning> <answer>" * LOTS,
     "many opened blocks": "<reasoning>\n</reasoning>\n<answer>\n" * LOTS,
     "white space between": "<reasoning></reasoning>" + " \n" * LOTS + "<answe>",
     "newlines in the right format": asked_format("\n" * LOTS, reasoning="\n" * LOTS),
-    "nearly the right format": asked_format("7", reasoning="\n</reasonin>\n<answe>\n" * 100_000) + "x",
+    "nearly the right format": asked_format("7", reasoning="\n</reasonin>\n<answe>\n" * LOTS) + "x",
     "digits": "7" * LOTS,
     "digits in tags": asked_format("7" * LOTS),
     "digits with commas": asked_format("777," * LOTS),
@@ -459,6 +490,26 @@ PATHOLOGICAL = {
     "times": "08:15:" * LOTS,
     "other digits": asked_format("٧" * LOTS),
     "brackets": "<" * LOTS + ">" * LOTS,
+    "round brackets": "-" + "(" * LOTS + "7",
+    "dashes": "−" * LOTS + "7",
+    "dashes and blanks": "- " * LOTS + "7",
+    "blanks": "7" + " " * LOTS + "- " + " " * LOTS + "7",
+    "groups of three": asked_format("7 " + "777 " * LOTS),
+    "long numbers with blanks": ("7" * 1000 + " ") * (LOTS // 100),
+    "fractions": "1/2 " * LOTS + "1/" * LOTS,
+    "one-character fractions": asked_format("1½" * LOTS),
+    "LaTeX fractions": "\\frac{1}{2}" * LOTS + "\\frac{" * LOTS + "1}{2}" * LOTS,
+    "LaTeX texts": "\\text{" * LOTS + "7" + "}" * LOTS,
+    "LaTeX blanks": "\\" * LOTS + "\\," * LOTS + "{,}" * LOTS + "7",
+    "unknown LaTeX": "\\" + "a" * LOTS + "{7" + "\\log{7" * LOTS,
+    "powers of ten": "7*10^" * LOTS + "7",
+    "currencies": "$ " * LOTS + "USD " * LOTS + "$7,777," * LOTS + "m",
+    "words for signs": "minus negative " * LOTS + "7",
+    "entities": "&minus;" * LOTS + "&#" + "9" * LOTS + ";7",
+    "apostrophes": "7'777" * LOTS,
+    "spaced colons": "08 : " * LOTS + "15 :30 " * LOTS,
+    "hours and minutes": "3h" * LOTS + "3h 45m " * LOTS,
+    "thoughts": "<think></think>" * LOTS + asked_format("7"),
 }
 
 
@@ -468,10 +519,10 @@ ONE_PER_CLASS = {kind: task for task, kind in EVALUATORS.items()}.values()
 @pytest.mark.parametrize("task", ONE_PER_CLASS)
 @pytest.mark.parametrize("case", PATHOLOGICAL)
 def test_pathological_text_is_scored_in_linear_time(task, case):
-    """Up to millions of characters in seconds: anything quadratic would take minutes or hours."""
+    """Hundreds of thousands of characters in a second: anything quadratic would take minutes."""
     start = time.perf_counter()
     check_scored(task, PATHOLOGICAL[case])
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,7 +580,7 @@ def test_an_answer_that_cannot_be_read_names_task_and_text(task):
         scorer.parse(f"It is {scorer.gold}")
 
 
-def test_an_unreadable_gold_is_refused_where_errors_are_measured():
+def test_closeness_to_an_unreadable_gold_is_refused():
     with pytest.raises(RewardError, match="right answer is unreadable"):
         get_evaluator("clock").compute_rewards(["08:15:30"], ["half past eight"])
 
@@ -573,7 +624,7 @@ def test_pass_at_k():
             pass_at_k(correct, k)
 
 
-def test_pass_at_k_is_the_chance_that_a_random_subset_has_a_right_one():
+def test_pass_at_k_is_the_chance_of_one_right_in_a_subset():
     rng = random.Random(0)
     correct = [True, False, False, True, False, False, False]
     hits = np.mean([any(rng.sample(correct, 3)) for _ in range(20_000)])
