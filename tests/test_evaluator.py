@@ -103,17 +103,17 @@ def test_a_text_is_read_once(task, monkeypatch):
 def test_a_component_is_a_method_and_an_entry(task):
     kind = EVALUATORS[task]
 
-    class WithBrevity(kind):
-        components = kind.components | {"brevity": 0.5}
+    class WithAnother(kind):
+        components = kind.components | {"fewer_than_401": 0.5}
 
-        def brevity(self, completion: Completion, gold) -> float:
+        def fewer_than_401(self, completion: Completion, gold) -> float:
             return completion.strict_prediction == gold and len(completion.text) <= 400
 
-    scorer = WithBrevity()
-    assert scorer.reward_names == (*kind().reward_names, "brevity")
+    scorer = WithAnother()
+    assert scorer.reward_names == (*kind().reward_names, "fewer_than_401")
     assert scorer.highest == kind().highest + 0.5
-    assert scorer.score(asked_format(scorer.gold), scorer.gold)["brevity"] == 0.5
-    assert scorer.score(asked_format(scorer.gold, "x" * 400), scorer.gold)["brevity"] == 0.0
+    assert scorer.score(asked_format(scorer.gold), scorer.gold)["fewer_than_401"] == 0.5
+    assert scorer.score(asked_format(scorer.gold, "x" * 400), scorer.gold)["fewer_than_401"] == 0.0
 
 
 def test_several_lines_of_reasoning_earn_the_format_rewards():
