@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from answers import clock_seconds
 from evaluator import clock_error_minutes
 from progress import format_value, make_output_safe
 from report import (
@@ -396,12 +397,6 @@ def draw_true_against_predicted(run: Run, evaluations: dict[str, list[dict]]) ->
     figure.axes[0].set_ylabel("predicted")
     figure.axes[0].legend(loc="upper left")
     yield slug(str(run.task.get("name", "predicted"))), figure
-
-
-def clock_seconds(value: object) -> int | None:
-    """Seconds since twelve of an "HH:MM:SS" on a 12-hour dial, None for anything else."""
-    match = re.fullmatch(r"(\d{1,2}):(\d{2}):(\d{2})", value) if isinstance(value, str) else None
-    return (int(match[1]) * 3600 + int(match[2]) * 60 + int(match[3])) % 43200 if match else None
 
 
 def draw_clocks(run: Run, evaluations: dict[str, list[dict]]) -> Iterator[tuple[str, "Figure"]]:
