@@ -1,4 +1,4 @@
-"""Models that several test files use, made once: random ones of each family, and two that know a task's form."""
+"""Models that several test files use, built once: a random one of each family, and two warmed up on a task."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ from small_models import TASK_OPTIONS, build
 
 import tiny_models
 
-torch.set_num_threads(1)  # the models are too small for more; and sums are then added in one order
+torch.set_num_threads(1)  # the models are too small for more, and sums are then added in one order
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """-> a function from a family's name to the folder of its small random model."""
+    """-> a function from a family's name to the folder of its random model."""
     folders = {}
 
     def folder(family: str):
@@ -29,15 +29,15 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def load(model_folder):
-    """-> a function that loads a family's model anew, in float64 unless told otherwise."""
-    from llms import load_llm
+    """-> a function that loads a new copy of a family's model, by default in float64."""
+    from llms import load_llm  # imports transformers, which takes seconds and which many test files do not need
 
     return lambda family, dtype="float64", attention=None: load_llm(model_folder(family), "cpu", dtype, attention)
 
 
 @pytest.fixture(scope="session")
 def task_models(tmp_path_factory):
-    """Folders by task: models so small that a step takes no time, warmed up until they often write the asked format."""
+    """Folders by task: models small enough for fast steps, warmed up until they often write the asked format."""
     sizes = {"hidden": 32, "mlp": 64, "layers": 2, "vision_width": 32, "vision_depth": 1, "learning_rate": 1e-2}
     amounts = {
         "arithmetic": {"vocabulary": 500, "examples": 640, "batch": 16},
@@ -58,5 +58,5 @@ def task_models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def denormal_numbers():
-    """llms counts denormal numbers as 0, for speed; hypothesis draws them, so that each test starts with them on."""
+    """`load_llm` flushes denormal numbers to zero; hypothesis draws them, so each test starts without flushing."""
     torch.set_flush_denormal(False)

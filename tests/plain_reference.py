@@ -1,12 +1,12 @@
-"""A second implementation of a GRPO update, the plain way: whole padded rows, full logits, a loss written out per
-objective. Slow, short, and without any code of this project."""
+"""A second implementation of a GRPO update: whole padded rows, full logits, one formula per objective. Slow, short, and
+independent of the project's own forward passes and losses."""
 
 import torch
 from small_models import plain_inputs
 
 
 class PlainRows:
-    """Each row is its prompt and its completion, padded on the right; pictures are repeated with their prompts."""
+    """Each row is a prompt and its completion, padded on the right; each row has its own copy of the pictures."""
 
     def __init__(self, llm, rollout, examples):
         prompts = [plain_inputs(llm, examples[i // rollout.num_generations]) for i in range(len(rollout.texts))]
@@ -33,6 +33,7 @@ class PlainRows:
         return [logps[i, start - 1 : start - 1 + len(ids)] for i, (start, ids) in enumerate(pairs)]
 
     def logps(self, model, temperature):
+        """For each row the log-probabilities (T,) of its completion tokens."""
         rows = self.distributions(model, temperature)
         return [row.gather(1, ids[:, None])[:, 0] for row, ids in zip(rows, self.completions, strict=True)]
 
@@ -43,7 +44,7 @@ class PlainRows:
 
 
 def plain_loss(name, new, old, ref, advantages, longest):
-    """The objectives one completion at a time. new, old, ref: for each the log-probabilities of its tokens."""
+    """The loss of a preset, one completion at a time. new, old, ref: for each the log-probabilities of its tokens."""
     total, tokens = 0.0, sum(map(len, new))
     for p, o, r, a in zip(new, old, ref, advantages, strict=True):
         ratio, s = (p - o).exp(), (p - o).mean().exp()
@@ -65,8 +66,8 @@ def plain_loss(name, new, old, ref, advantages, longest):
 
 
 def compute_in_float64(monkeypatch):
-    """Lets float64 models compute in float64 throughout, so that two ways of computing agree to many digits:
-    transformers takes norms and the vision tower's rotary positions in float32 whatever the weights are."""
+    """Make float64 models compute in float64 throughout, so that two implementations agree to many digits: transformers
+    computes norms and the vision tower's rotary positions in float32 for every dtype of the weights."""
     import transformers.models as families
 
     def norm(self, x):
