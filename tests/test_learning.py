@@ -1,10 +1,10 @@
-"""The loop learns: a model that was shown wrong labels gets nearer to the right ones by reward alone.
+"""The loop learns: a model that was warmed up on shifted labels gets nearer to the right answers from rewards alone.
 
-The warm start reads a clock about two and a half hours wrong, since its labels were moved. Sixty steps of GRPO must
-take at least twenty minutes off that. With the advantages' sign flipped they do not.
+The warmed-up model reads clocks with an error of about two and a half hours, since its labels were shifted. Sixty steps
+of GRPO must lower that by at least twenty minutes; with the sign of the advantages flipped they must not.
 
-The error is that of the answers sampled in training, each step's from clocks that were never shown before: a mean over
-two thousand answers, where one greedy evaluation moves by twenty minutes with a machine's rounding.
+The error is that of the answers sampled in training, in each step of clocks that were not shown before: a mean over two
+thousand answers. A single greedy evaluation can change by twenty minutes with the rounding of a machine.
 """
 
 import dataclasses
@@ -16,17 +16,19 @@ import pytest
 import main
 import tiny_models
 
+pytestmark = pytest.mark.slow  # minutes
+
 
 @pytest.fixture(scope="module")
 def warm_model(tmp_path_factory):
-    """A shorter warm-up than the task's own: about a minute."""
+    """The task's tiny model with a shorter warm-up: about a minute."""
     recipe = dataclasses.replace(tiny_models.RECIPES["clock"], examples=6400)
-    options = tiny_models.RECIPES["clock"].defaults["dataset_options"]
+    options = recipe.defaults["dataset_options"]
     return tiny_models.tiny_model("clock", None, options, tmp_path_factory.mktemp("cache"), recipe=recipe)
 
 
 def errors(model, folder) -> list[float]:
-    """Mean error in minutes in the first 5 and in the last 15 of 60 steps of GRPO from the warm model."""
+    """The mean error in minutes over the first 5 and over the last 15 of 60 steps of GRPO from the warmed-up model."""
     flags = "--dataset_name clock --dataset_options size=56 style=bold --max_steps 60 --eval_steps 0 --eval_size 8"
     flags += " --prompts_per_step 8 --num_generations 16 --learning_rate 2e-4 --beta 0 --max_completion_length 12"
     assert main.main(["--model_path", str(model), "--output_dir", str(folder), *flags.split()]) == 0
@@ -34,12 +36,12 @@ def errors(model, folder) -> list[float]:
     return [statistics.mean(errors[:5]), statistics.mean(errors[-15:])]
 
 
-def test_reward_alone_brings_the_answers_nearer(warm_model, tmp_path):
+def test_grpo_lowers_the_clock_error(warm_model, tmp_path):
     before, after = errors(warm_model, tmp_path / "run")
     assert after < before - 20
 
 
-def test_with_the_advantages_flipped_it_does_not(warm_model, tmp_path, monkeypatch):
+def test_flipped_advantages_do_not_lower_it(warm_model, tmp_path, monkeypatch):
     right = main.group_advantages
     monkeypatch.setattr(main, "group_advantages", lambda *args: -right(*args))
     before, after = errors(warm_model, tmp_path / "run")

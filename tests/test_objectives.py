@@ -1,36 +1,42 @@
 """The objectives against the papers: values, gradients, TRL's loss on the same tensors, and whole optimizer steps.
 
-What is expected is computed here a second time, from the formulas as they are printed, one completion and one token
-after the other in float64 numpy; nothing of main.py helps with it.
+The expected values are computed here a second time, from the formulas in the papers, one completion and one token after
+the other in float64 numpy, without any function of main.py.
 """
 
 import dataclasses
+import inspect
 import itertools
 import json
 import signal
 import types
 from collections import defaultdict
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from plain_reference import PlainRows, compute_in_float64, plain_loss
-from small_models import questions
+from small_models import cut, questions, small_config
 
 import main
+from config import OBJECTIVES, Objective
 from evaluator import EVALUATORS, ExactNumberEvaluator
-from llms import token_logps
-from main import OBJECTIVES, Objective, group_advantages, grpo_loss, kl_estimate, soft_overlong_penalty, step_normalizer
-from rollout import sample
+from logprobs import reference_logps, token_logps
+from main import accumulate_gradients, group_advantages, grpo_loss, kl_estimate, loss_divisor, overlong_penalty
+from optimizer import MasterAdamW
+from rollout import Sampler
 
-LONGEST = 9  # the allowed length; no completion below is as long, which tells max_length from the tensor's width
+LONGEST = 9  # the allowed length; completions below are shorter, so max_length differs from the tensor's width
 
 
-# --- Random steps, and the same as lists of tokens ---
+# --- Random steps, as tensors and as lists of tokens ---
 
 
 @dataclasses.dataclass
 class Step:
+    """What `grpo_loss` is computed from: advantages (B,), the rest (B, T)."""
+
     logps: torch.Tensor
     old_logps: torch.Tensor
     ref_logps: torch.Tensor
@@ -38,15 +44,18 @@ class Step:
     mask: torch.Tensor
 
     def rows(self):
-        """(advantage, log π, log π_old, log π_ref) of each completion, its own tokens only."""
+        """(advantage, log π, log π_old, log π_ref) of each completion, without the masked tokens."""
         for i, advantage in enumerate(self.advantages.tolist()):
             columns = self.mask[i].nonzero()[:, 0]
             values = (tensor[i, columns].detach().numpy() for tensor in (self.logps, self.old_logps, self.ref_logps))
             yield advantage, *values
 
+    def select(self, rows: list[int]) -> "Step":
+        return Step(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
 
 def random_step(seed: int, noise: float = 0.4, lengths=(7, 1, 4, 7, 3, 5)) -> Step:
-    """Six ragged completions off policy by `noise`; beyond their ends stand numbers that must not count."""
+    """Six completions of different lengths, off policy by `noise`; masked tokens have random numbers too."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
 
@@ -59,21 +68,18 @@ def random_step(seed: int, noise: float = 0.4, lengths=(7, 1, 4, 7, 3, 5)) -> St
     return Step(logps.requires_grad_(), old_logps, ref_logps, normal(shape[0]), mask)
 
 
-def loss_of(step: Step, name: str, **settings):
-    """The loss with everything that a preset sets, as the training loop passes it on."""
-    choices = OBJECTIVES[name]
-    settings = {"epsilon": choices.epsilon, "epsilon_high": choices.epsilon_high, "beta": choices.beta} | settings
-    ref_logps = step.ref_logps if settings["beta"] else None
-    old = settings.pop("old_logps", step.old_logps)
+def loss_of(step: Step, name: str | Objective, old_logps=None, divisor=None, weights=None, **changes):
+    """The loss of a preset, or of one with some choices changed. Its settings come from the Objective alone."""
+    objective = dataclasses.replace(OBJECTIVES[name] if isinstance(name, str) else name, **changes)
     return grpo_loss(
         step.logps,
-        old,
-        ref_logps,
+        step.old_logps if old_logps is None else old_logps,
+        step.ref_logps if objective.beta else None,  # as in the loop
         step.advantages,
         step.mask,
-        objective=name,
-        max_completion_length=LONGEST,
-        **settings,
+        objective,
+        loss_divisor(objective, step.mask, LONGEST) if divisor is None else divisor,
+        weights,
     )
 
 
@@ -91,7 +97,7 @@ def pessimistic(ratio, advantage, low, high):
 
 
 def deepseekmath_rows(step, low=0.8, high=1.2, beta=0.04, kl="k3"):
-    """Equation 3 of DeepSeekMath inside its sums: one list of token terms for each completion."""
+    """The terms inside the sums of DeepSeekMath, equation 3: a list of tokens for each completion."""
     return [
         [
             pessimistic(np.exp(p) / np.exp(o), advantage, low, high) - (beta * KL[kl](p, r) if beta else 0)
@@ -107,7 +113,7 @@ def grpo(step):
 
 
 def bnpo(step):
-    """The same terms, each token of the step counting alike."""
+    """The same terms, with equal weight for each token of the step."""
     rows = deepseekmath_rows(step)
     return -sum(map(sum, rows)) / sum(map(len, rows))
 
@@ -118,8 +124,8 @@ def dr_grpo(step):
 
 
 def dapo(step):
-    """DAPO, equation 8: (1/Σ|o_i|) Σ_i Σ_t with 1 − 0.2 and 1 + 0.28. The paper writes it for one prompt's group; the
-    sums here go over the whole step, so that a token counts the same in each of its groups."""
+    """DAPO, equation 8: (1/Σ|o_i|) Σ_i Σ_t with 1 − 0.2 and 1 + 0.28. The paper sums over one prompt's group; here the
+    sums are over the whole step, so that tokens of all groups have equal weight."""
     rows = deepseekmath_rows(step, high=1.28, beta=0)
     return -sum(map(sum, rows)) / sum(map(len, rows))
 
@@ -148,15 +154,43 @@ NOISE = {"gspo": 1e-3}  # so that some ratios are clipped and some are not
 
 def test_every_preset_has_its_paper():
     assert set(PAPERS) == set(OBJECTIVES)
+    assert all(OBJECTIVES[name].name == name for name in OBJECTIVES)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", PAPERS)
-def test_loss_is_the_papers(name, seed):
+def test_loss_equals_the_papers_formula(name, seed):
     step = random_step(seed, NOISE.get(name, 0.4))
     loss, stats = loss_of(step, name)
     assert loss.item() == pytest.approx(PAPERS[name](step), rel=1e-12)
-    assert 0 < stats["clip_fraction"] < 1  # both sides of the clipping were reached
+    assert 0 < stats["clip_fraction"] < 1  # some tokens are clipped and some are not
+
+
+PUBLISHED = {  # lower bound, upper bound, β; CISPO has no lower bound
+    "grpo": (1 - 0.2, 1 + 0.2, 0.04),
+    "bnpo": (1 - 0.2, 1 + 0.2, 0.04),
+    "dr_grpo": (1 - 0.2, 1 + 0.2, 0),
+    "dapo": (1 - 0.2, 1 + 0.28, 0),
+    "gspo": (1 - 3e-4, 1 + 4e-4, 0),
+    "cispo": (0, 1 + 0.28, 0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bounds_and_beta_come_from_the_preset(name):
+    """`grpo_loss(objective="dapo")` once clipped at 1.2: callers had to repeat ε, ε_high and β of the preset. Here one
+    completion of one token, log π = −1, with π_ref/π = e, so that k3 is e − 2."""
+    low, high, beta = PUBLISHED[name]
+
+    def loss(ratio, advantage):
+        logps, advantages = torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+        old, ref, mask = logps - np.log(ratio), logps + 1, torch.ones(1, 1, dtype=torch.bool)
+        return grpo_loss(logps, old, ref, advantages, mask, OBJECTIVES[name], 1.0)[0].item()
+
+    factor = -1 if name == "cispo" else 1  # CISPO multiplies the clipped ratio by log π
+    penalty = beta * (np.e - 2)
+    assert loss(2.0, 1.0) == pytest.approx(-high * factor + penalty, rel=1e-12)
+    assert loss(0.1, -1.0) == pytest.approx(max(0.1, low) * factor + penalty, rel=1e-12)
 
 
 CHOICES = list(itertools.product(("token", "sequence"), ("ratio", "weight"), ("completions", "tokens", "max_length")))
@@ -164,10 +198,11 @@ CHOICES = list(itertools.product(("token", "sequence"), ("ratio", "weight"), ("c
 
 @pytest.mark.parametrize(("level", "clip", "normalizer"), CHOICES)
 @pytest.mark.parametrize("estimator", KL)
-def test_choices_compose(level, clip, normalizer, estimator):
-    """Every combination of the choices, not only those with a name, with a KL penalty on top."""
+def test_all_combinations_of_choices(level, clip, normalizer, estimator):
+    """Every combination of the choices, with a KL penalty: the presets are only some of them."""
     step = random_step(7)
-    objective = Objective(importance_sampling_level=level, clip=clip, normalizer=normalizer)
+    choices = {"importance_sampling_level": level, "clip": clip, "normalizer": normalizer, "kl_estimator": estimator}
+    objective = Objective(epsilon=0.1, epsilon_high=0.5, beta=0.3, **choices)
     total, clipped, kls, ratios = 0.0, [], [], []
     for advantage, logps, old, ref in step.rows():
         for t in range(len(logps)):
@@ -184,19 +219,7 @@ def test_choices_compose(level, clip, normalizer, estimator):
             share = len(logps) if normalizer == "completions" else 1
             total += (-gain + 0.3 * kls[-1]) / share
     total /= {"completions": 6, "tokens": 27, "max_length": 6 * LONGEST}[normalizer]
-    loss, stats = grpo_loss(
-        step.logps,
-        step.old_logps,
-        step.ref_logps,
-        step.advantages,
-        step.mask,
-        objective=objective,
-        epsilon=0.1,
-        epsilon_high=0.5,
-        beta=0.3,
-        kl_estimator=estimator,
-        max_completion_length=LONGEST,
-    )
+    loss, stats = loss_of(step, objective)
     assert loss.item() == pytest.approx(total, rel=1e-12)
     assert stats["clip_fraction"].item() == pytest.approx(np.mean(clipped))
     assert stats["kl"].item() == pytest.approx(np.mean(kls))
@@ -248,8 +271,8 @@ def test_statistics_worked_by_hand():
     assert stats["kl"].item() == pytest.approx(0.5 / 3)
 
 
-def test_clipping_spares_what_it_would_not_stop():
-    """A ratio beyond the border that moves back is neither clipped nor counted: 1.5 with A < 0, 0.5 with A > 0."""
+def test_ratios_moving_back_are_not_clipped():
+    """Outside the bounds, a ratio that the gradient moves back is not clipped: 1.5 with A < 0, 0.5 with A > 0."""
     step = hand_step()
     step.advantages = -step.advantages
     loss, stats = loss_of(step, "dr_grpo")
@@ -297,8 +320,8 @@ def test_advantages_worked_by_hand():
 
 @pytest.mark.parametrize("group_size", [2, 3, 8])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_are_the_papers(scale, group_size):
-    """DeepSeekMath, section 4.1.2; the 1e-4 is ours (and everybody's)."""
+def test_advantages_equal_the_papers_formula(scale, group_size):
+    """DeepSeekMath, section 4.1.2; the 1e-4 is not in the paper, but in every implementation."""
     rewards = np.random.default_rng(group_size).normal(size=5 * group_size)
     expected = []
     for start in range(0, len(rewards), group_size):
@@ -310,9 +333,9 @@ def test_advantages_are_the_papers(scale, group_size):
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_equal_rewards_teach_nothing_at_all(scale):
-    """0.1 is no binary fraction: the mean of seven of them is another number in float32, and the difference divided by
-    a standard deviation of nearly nothing would be a gradient made of rounding errors."""
+def test_equal_rewards_have_advantage_zero(scale):
+    """0.1 is no binary fraction: in float32 the mean of seven of them is a different number. Their difference, divided
+    by a standard deviation of almost 0, would be a gradient of rounding errors."""
     group = torch.full((7,), 0.1)
     assert (group - group.mean()).abs().max() > 0
     rewards = torch.cat([group, torch.arange(7.0)])
@@ -321,32 +344,36 @@ def test_equal_rewards_teach_nothing_at_all(scale):
     assert advantages[7:].abs().min() == 0 and advantages[7:].abs().max() > 0.5
 
 
+def penalties(lengths, most: int) -> list[float]:
+    config = small_config(f"--max_completion_length {most} --overlong_buffer 0.2")
+    return overlong_penalty(torch.tensor(lengths), config).tolist()
+
+
 def test_overlong_penalty_worked_by_hand():
-    lengths = torch.tensor([1, 15, 16, 17, 18, 20])  # of at most 20, the last 4 of which cost something
-    assert soft_overlong_penalty(lengths, 20, 0.2).tolist() == pytest.approx([0, 0, 0, -0.25, -0.5, -1])
+    lengths = [1, 15, 16, 17, 18, 20]  # at most 20; the penalty grows over the last 4 tokens
+    assert penalties(lengths, 20) == pytest.approx([0, 0, 0, -0.25, -0.5, -1])
+    assert overlong_penalty(torch.tensor(lengths), small_config("--max_completion_length 20")).tolist() == [0] * 6
 
 
-def test_overlong_penalty_is_dapos():
+def test_overlong_penalty_equals_dapos_formula():
     """DAPO, equation 13, with L_max the allowed length and L_cache a fifth of it."""
     for most in (100, 256, 1000):
         cache = 0.2 * most
         lengths = np.arange(1, most + 1)
         expected = [0 if n <= most - cache else ((most - cache) - n) / cache for n in lengths]
-        assert soft_overlong_penalty(torch.tensor(lengths), most, 0.2).tolist() == pytest.approx(expected, abs=1e-6)
+        assert penalties(lengths, most) == pytest.approx(expected, abs=1e-6)
 
 
-def test_normalizers_worked_by_hand():
+def test_divisors_worked_by_hand():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    assert step_normalizer("completions", mask, 8) == 2
-    assert step_normalizer("tokens", mask, 8) == 3
-    assert step_normalizer("max_length", mask, 8) == 16
-    assert step_normalizer("tokens", mask & False, 8) == 1  # every completion was cut off and masked
-    with pytest.raises(ValueError, match="max_completion_length"):
-        step_normalizer("max_length", mask, None)
+    assert loss_divisor(Objective(normalizer="completions"), mask, 8) == 2
+    assert loss_divisor(Objective(normalizer="tokens"), mask, 8) == 3
+    assert loss_divisor(Objective(normalizer="max_length"), mask, 8) == 16
+    assert loss_divisor(Objective(normalizer="tokens"), mask & False, 8) == 1  # all completions were cut off and masked
 
 
-def test_a_masked_completion_counts_as_a_completion():
-    """--mask_truncated_completions takes tokens out of the sum; with `completions` the divisor stays."""
+def test_masked_completions_count_in_the_divisor():
+    """--mask_truncated_completions removes tokens from the sum; the divisor `completions` stays the same."""
     step = random_step(3)
     step.mask[2] = False
     rows = [row for row in step.rows() if len(row[1])]
@@ -361,30 +388,27 @@ def test_a_masked_completion_counts_as_a_completion():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_importance_weights_scale_the_policy_term_alone(name):
+def test_weights_scale_only_the_policy_term(name):
     step = random_step(4, NOISE.get(name, 0.4))
     weights = torch.rand(step.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
-    weighted, _ = loss_of(step, name, beta=0.1, importance_weights=weights)
+    weighted, _ = loss_of(step, name, beta=0.1, weights=weights)
     kl_alone, _ = loss_of(dataclasses.replace(step, advantages=step.advantages * 0), name, beta=0.1)
     one_by_one = 0.0
     for i, t in step.mask.nonzero().tolist():  # the loss without KL is linear in the weights
         only = torch.zeros_like(weights)
         only[i, t] = 1
-        one_by_one += weights[i, t] * loss_of(step, name, beta=0.0, importance_weights=only)[0]
+        one_by_one += weights[i, t] * loss_of(step, name, beta=0.0, weights=only)[0]
     assert weighted.item() == pytest.approx((kl_alone + one_by_one).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("cut", [[[0, 1, 2, 3, 4, 5]], [[5, 0], [1, 2, 3, 4]], [[3], [0, 1], [2], [4], [5]]])
-def test_parts_of_a_step_add_up(name, cut):
-    """Divided by the whole step's normalizer, the losses of its parts add up to the step's, ragged as they are."""
+@pytest.mark.parametrize("micro_batches", [[[0, 1, 2, 3, 4, 5]], [[5, 0], [1, 2, 3, 4]], [[3], [0, 1], [2], [4], [5]]])
+def test_losses_of_micro_batches_add_up(name, micro_batches):
+    """Divided by the divisor of the whole step, the losses of its micro-batches add up to the step's loss."""
     step = random_step(5, NOISE.get(name, 0.4))
     whole, _ = loss_of(step, name)
-    normalizer = step_normalizer(OBJECTIVES[name].normalizer, step.mask, LONGEST)
-    total = 0.0
-    for rows in cut:
-        tensors = (getattr(step, field.name)[rows] for field in dataclasses.fields(Step))
-        total += loss_of(Step(*tensors), name, normalizer=normalizer)[0].item()
+    divisor = loss_divisor(OBJECTIVES[name], step.mask, LONGEST)
+    total = sum(loss_of(step.select(rows), name, divisor=divisor)[0].item() for rows in micro_batches)
     assert total == pytest.approx(whole.item(), rel=1e-12)
 
 
@@ -393,7 +417,7 @@ def test_parts_of_a_step_add_up(name, cut):
 
 @pytest.mark.parametrize("estimator", KL)
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].clip == "ratio"])
-def test_gradient_is_that_of_the_value(name, estimator):
+def test_loss_gradient_by_finite_differences(name, estimator):
     step = random_step(6, NOISE.get(name, 0.4), lengths=(3, 1, 2))
 
     def loss(logps):
@@ -403,7 +427,7 @@ def test_gradient_is_that_of_the_value(name, estimator):
 
 
 def test_gradient_of_a_clipped_weight():
-    """CISPO: the weight carries no gradient, and a token whose weight is clipped keeps its own: −min(r, c) A / N."""
+    """CISPO: the weight has no gradient, and a token with a clipped weight keeps its gradient, −min(r, c) A / N."""
     step = random_step(6)
     loss, stats = loss_of(step, "cispo", beta=0.1)
     (gradient,) = torch.autograd.grad(loss, step.logps)
@@ -417,8 +441,8 @@ def test_gradient_of_a_clipped_weight():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_on_policy_is_the_policy_gradient(name):
-    """With π_old = π every objective is REINFORCE with its advantages: d loss / d log π = −A / divisor, while the ratio
-    is 1. A ratio of π to itself, not detached, would have no gradient at all."""
+    """With π_old = π every objective is REINFORCE with its advantages: the ratio is 1, d loss / d log π = −A / divisor.
+    Without detaching π_old the gradient would be 0."""
     step = random_step(8)
     loss, stats = loss_of(step, name, beta=0.0, old_logps=step.logps.detach())
     (gradient,) = torch.autograd.grad(loss, step.logps)
@@ -429,8 +453,8 @@ def test_gradient_on_policy_is_the_policy_gradient(name):
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
 
 
-def test_loss_is_zero_on_policy_and_still_teaches():
-    """What newcomers take for a bug: advantages of a group add up to 0, and so does the loss while all ratios are 1."""
+def test_zero_loss_on_policy_has_a_gradient():
+    """Looks like a bug and is none: a group's advantages add up to 0, so the loss is 0 while all ratios are 1."""
     step = random_step(9, lengths=(5, 5, 5, 5, 5, 5))
     step.advantages = group_advantages(torch.arange(6.0, dtype=torch.float64), 6)
     loss, _ = loss_of(step, "grpo", beta=0.0, old_logps=step.logps.detach())
@@ -439,7 +463,7 @@ def test_loss_is_zero_on_policy_and_still_teaches():
     assert gradient.abs().max() > 0.01
 
 
-# --- TRL ---
+# --- TRL, which takes seconds to import ---
 
 
 @pytest.fixture(scope="session")
@@ -448,8 +472,8 @@ def trl_trainer():
 
 
 def trl_loss(trainer, step: Step, loss_type: str, parts=1, on_policy=False, tokens=None, weights=None, **settings):
-    """TRL's loss of a step's rows (or of one of `parts` micro-batches), and what it logs: its own method, called on an
-    object that has what it reads."""
+    """TRL's loss of a step's rows (or of one of `parts` micro-batches), and the metrics it logs: the method of its
+    trainer, called on an object with the attributes that it reads."""
     alone = types.SimpleNamespace(
         num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x
     )
@@ -486,7 +510,7 @@ def trl_loss(trainer, step: Step, loss_type: str, parts=1, on_policy=False, toke
     return trainer._compute_loss(me, None, inputs), {name: values[0] for name, values in me._metrics["train"].items()}
 
 
-# How each preset is asked for there. Their ε_high of cispo is the bound itself, ours what is added to 1 as everywhere.
+# Each preset in TRL's settings. TRL's ε_high of cispo is the upper bound, ours is the bound − 1 as in all presets.
 IN_TRL = {
     "grpo": {"loss_type": "grpo", "beta": 0.04},
     "bnpo": {"loss_type": "bnpo", "beta": 0.04},
@@ -503,10 +527,11 @@ def assert_same_loss_and_gradient(step: Step, ours, theirs):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("name", IN_TRL)
-def test_loss_is_trls(trl_trainer, name, on_policy, seed):
+def test_loss_and_gradient_equal_trls(trl_trainer, name, on_policy, seed):
     step = random_step(seed, NOISE.get(name, 0.4))
     old_logps = step.logps.detach() if on_policy else step.old_logps
     ours, stats = loss_of(step, name, old_logps=old_logps)
@@ -518,47 +543,49 @@ def test_loss_is_trls(trl_trainer, name, on_policy, seed):
         assert stats["clip_fraction"].item() == pytest.approx(logged["clip_ratio/region_mean"])
 
 
-def test_importance_sampling_correction_is_trls(trl_trainer):
+@pytest.mark.slow
+def test_weighted_loss_equals_trls(trl_trainer):
     step = random_step(12)
     weights = torch.rand(step.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
-    ours, _ = loss_of(step, "grpo", importance_weights=weights)
+    ours, _ = loss_of(step, "grpo", weights=weights)
     theirs, _ = trl_loss(trl_trainer, step, weights=weights, **IN_TRL["grpo"])
     assert_same_loss_and_gradient(step, ours, theirs)
 
 
-PARTS = [[0, 1, 2], [3, 4, 5]]  # 12 tokens and 15
+def halves(step: Step) -> list[Step]:
+    """Two micro-batches of three rows each, with 12 tokens and 15."""
+    return [step.select([0, 1, 2]), step.select([3, 4, 5])]
 
 
-def in_parts(step: Step) -> list[Step]:
-    return [Step(*(getattr(step, field.name)[rows] for field in dataclasses.fields(Step))) for rows in PARTS]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in IN_TRL if name != "bnpo"])
-def test_micro_batches_of_one_size_are_trls(trl_trainer, name):
+def test_equal_micro_batches_equal_trls(trl_trainer, name):
     step = random_step(2, NOISE.get(name, 0.4))
     ours, _ = loss_of(step, name)
     theirs = sum(
-        trl_loss(trl_trainer, part, parts=2, tokens=step.mask.sum(), **IN_TRL[name])[0] for part in in_parts(step)
+        trl_loss(trl_trainer, part, parts=2, tokens=step.mask.sum(), **IN_TRL[name])[0] for part in halves(step)
     )
     assert_same_loss_and_gradient(step, ours, theirs)
 
 
-def test_bnpo_differs_from_trls_in_micro_batches(trl_trainer):
-    """On purpose: TRL divides each micro-batch by its own tokens and averages, so that a token weighs more in a
-    micro-batch of short completions. Ours is the whole step's mean however it is cut (see test_parts_of_a_step_add_up).
+@pytest.mark.slow
+def test_bnpo_of_micro_batches_differs_from_trls(trl_trainer):
+    """On purpose: TRL divides each micro-batch by its number of tokens and averages, so that tokens of a micro-batch of
+    short completions have more weight. Ours is the mean over the whole step (test_losses_of_micro_batches_add_up).
     """
     step = random_step(13)
     ours, _ = loss_of(step, "bnpo")
-    theirs = [trl_loss(trl_trainer, part, parts=2, **IN_TRL["bnpo"])[0].item() for part in in_parts(step)]
-    means = [loss_of(part, "bnpo")[0].item() for part in in_parts(step)]
+    theirs = [trl_loss(trl_trainer, part, parts=2, **IN_TRL["bnpo"])[0].item() for part in halves(step)]
+    means = [loss_of(part, "bnpo")[0].item() for part in halves(step)]
     assert sum(theirs) == pytest.approx(np.mean(means), rel=1e-12)
     assert ours.item() == pytest.approx((12 * means[0] + 15 * means[1]) / 27, rel=1e-12)
     assert abs(ours.item() - sum(theirs)) > 1e-3
 
 
-def test_clip_fraction_differs_from_trls_where_weights_are_clipped(trl_trainer):
-    """On purpose. Of cispo TRL counts the tokens with A > 0 alone, ours every token whose weight was cut, for both
-    signs lose weight. Of gspo it counts sequences alike, ours its tokens, as every other statistic is over tokens."""
+@pytest.mark.slow
+def test_clip_fraction_differs_from_trls(trl_trainer):
+    """On purpose. For cispo TRL counts only clipped tokens with A > 0, ours all clipped tokens, since the weight is
+    clipped for both signs. For gspo TRL averages over sequences, ours over tokens, like every other statistic."""
     step = random_step(14)
     ours, theirs = loss_of(step, "cispo")[1], trl_loss(trl_trainer, step, **IN_TRL["cispo"])[1]
     ratios = [(a, np.exp(p - o)) for a, logps, old, _ in step.rows() for p, o in zip(logps, old, strict=True)]
@@ -583,24 +610,22 @@ def in_float64(monkeypatch):
     compute_in_float64(monkeypatch)
 
 
-def flags(name, *more):
-    command = f"--model_path small --dataset_name gsm8k --objective {name} --temperature 0.8 --learning_rate 1e-3 "
-    command += f"--max_completion_length {LONGEST} --max_grad_norm 0.7 --weight_decay 0.1"
-    return main.parse_args([*command.split(), *more])
+def config_of(name: str, *more: str):
+    flags = f"--objective {name} --temperature 0.8 --learning_rate 1e-3 --warmup_ratio 0 --weight_decay 0.1 "
+    return small_config(flags, f"--max_completion_length {LONGEST} --max_grad_norm 0.7", *more)
 
 
-def small_rollout(llm, family, args):
-    """Three prompts of different lengths with four ragged completions each, and advantages."""
-    generator = torch.Generator().manual_seed(1)
-    rollout = sample(llm, questions(family), 4, args.max_completion_length, args.temperature, generator)
-    assert len(set(rollout.completion_mask.sum(1).tolist())) > 3
-    rollout.sampler_logps = rollout.sampler_logps.double()  # buffers made like it keep all digits
-    rewards = torch.randn(12, generator=generator, dtype=torch.float64)
+def small_rollout(llm, family, config):
+    """Three prompts of different lengths with four completions of different lengths each, and advantages."""
+    rollout = Sampler(llm, 1).sample(questions(family), 4, config.max_completion_length, config.temperature)
+    assert len(set(rollout.lengths.tolist())) > 3
+    rollout.sampler_logps = rollout.sampler_logps.double()  # buffers of its dtype then keep all digits
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return rollout, group_advantages(rewards, 4)
 
 
 def moved(model, by=0.02):
-    """The model with other weights near its own."""
+    """The model after adding noise to its weights."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for weight in model.parameters():
@@ -608,7 +633,7 @@ def moved(model, by=0.02):
     return model
 
 
-CUTS = {  # twelve rows in one micro-batch, in two uneven ones, in five that tear groups apart
+CUTS = {  # twelve rows in one micro-batch, in two of different sizes, in five that divide the groups
     1: [list(range(12))],
     2: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11]],
     5: [[11, 2], [0], [3, 4, 5, 6], [1, 10, 9], [7, 8]],
@@ -616,61 +641,70 @@ CUTS = {  # twelve rows in one micro-batch, in two uneven ones, in five that tea
 UPDATES = 3
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
-def test_steps_are_those_of_a_plain_implementation(load, in_float64, family, name):
-    """Three updates from one batch: the parameters after each are those that whole padded rows, full logits and
-    torch's AdamW give, however the rows are cut into micro-batches."""
-    args = flags(name)
-    llm, reference, model = load(family), moved(load(family).model), load(family).model
-    rollout, advantages = small_rollout(llm, family, args)
-    plain = PlainRows(llm, rollout, questions(family))
+def plain_updates(name, model, plain: PlainRows, old, ref, advantages):
+    """UPDATES updates of the model by torch's AdamW -> for each its loss, gradient norm and the weights after it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    with torch.no_grad():
-        old, ref = plain.logps(model, 0.8), plain.logps(reference, 0.8)
-        entropy = plain.entropy(model, 0.8)
-    losses, norms, after = [], [], []
     for _ in range(UPDATES):
         loss = plain_loss(name, plain.logps(model, 0.8), old, ref, advantages, LONGEST)
         optimizer.zero_grad()
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7).item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7).item()
         optimizer.step()
-        losses.append(loss.item())
-        after.append([weight.detach().clone() for weight in model.parameters()])
+        yield loss.item(), norm, [weight.detach().clone() for weight in model.parameters()]
 
-    for plan in CUTS.values():
-        llm = load(family)
-        weights = main.MasterWeights(llm.model)
-        optimizer = main.make_optimizer(weights, llm.device, args)
-        ref_logps = main.reference_logps(llm, reference, rollout, plan, args) if args.choices.beta else None
+
+QUICK = {("qwen2", "grpo"), ("qwen2", "gspo"), ("qwen2", "cispo")}  # the others take as long, and are slow together
+FAMILIES_AND_PRESETS = [
+    pytest.param(family, name, marks=() if (family, name) in QUICK else pytest.mark.slow)
+    for family in ("qwen2", "qwen2_vl")
+    for name in OBJECTIVES
+]
+
+
+@pytest.mark.parametrize(("family", "name"), FAMILIES_AND_PRESETS)
+def test_updates_match_a_plain_implementation(load, in_float64, family, name):
+    """Three updates from one batch, for every division into micro-batches: the weights after each equal those of an
+    implementation with whole padded rows, full logits and torch's AdamW."""
+    config = config_of(name)
+    llm, reference, model = load(family), moved(load(family).model), load(family).model
+    rollout, advantages = small_rollout(llm, family, config)
+    plain = PlainRows(llm, rollout, questions(family))
+    with torch.no_grad():
+        old, ref = plain.logps(model, 0.8), plain.logps(reference, 0.8)
+        entropy = plain.entropy(model, 0.8)
+    expected = list(plain_updates(name, model, plain, old, ref, advantages))
+    for micro_batches in CUTS.values():
+        llm, one = load(family), cut(rollout, micro_batches)
+        optimizer = MasterAdamW(llm.model, config)
+        ref_logps = reference_logps(llm, reference, one, config) if config.objective.beta else None
         old_logps = None
-        for update in range(UPDATES):
-            loss, stats, logps = main.accumulate_gradients(
-                llm, rollout, advantages, rollout.completion_mask, old_logps, ref_logps, plan, args
+        for update, (plain_loss_value, norm, weights) in enumerate(expected):
+            loss, stats, logps = accumulate_gradients(
+                config, llm, one, advantages, one.sampled_mask, old_logps, ref_logps
             )
             if update == 0:
                 old_logps = logps
                 assert stats["entropy"] == pytest.approx(entropy, rel=1e-10)
                 assert stats["ratio"] == pytest.approx(1, abs=1e-12) and stats["clip_fraction"] == 0
             else:
-                assert stats["clip_fraction"] > 0.1  # so that clipping was compared too
-            norm, finite = main.update(optimizer, weights, loss, 1e-3, args.max_grad_norm)
-            assert finite
-            assert loss.item() == pytest.approx(losses[update], rel=1e-9, abs=1e-12)
-            assert norm == pytest.approx(norms[update], rel=1e-9)
-            for weight, expected in zip(llm.model.parameters(), after[update], strict=True):
-                torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-10)  # the steps are of 1e-3
+                assert stats["clip_fraction"] > 0.1  # so that clipping is compared too
+            stats |= optimizer.step(loss)
+            assert stats["skipped_steps"] == 0 and stats["learning_rate"] == 1e-3
+            assert loss.item() == pytest.approx(plain_loss_value, rel=1e-9, abs=1e-12)
+            assert stats["grad_norm"] == pytest.approx(norm, rel=1e-9)
+            for weight, value in zip(llm.model.parameters(), weights, strict=True):
+                torch.testing.assert_close(weight.detach(), value, rtol=0, atol=1e-10)  # an update moves by 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].clip == "ratio"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
-def test_gradient_of_a_step_by_finite_differences(load, in_float64, family, name):
-    """Off policy, with a reference: the loss along a random direction in the space of all weights rises as the gradient
-    says."""
-    args = flags(name)
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
+def test_step_gradient_by_finite_differences(load, in_float64, family, name):
+    """Off policy, with a reference: along a random direction in the space of all weights, the loss changes as the
+    gradient says."""
+    config = config_of(name)
     llm = load(family)
-    rollout, advantages = small_rollout(llm, family, args)
+    rollout, advantages = small_rollout(llm, family, config)
+    rollout = cut(rollout, CUTS[2])
     generator = torch.Generator().manual_seed(3)
     ref_logps, old_logps = (
         token_logps(llm, rollout, 0.8).detach()
@@ -680,9 +714,8 @@ def test_gradient_of_a_step_by_finite_differences(load, in_float64, family, name
 
     def loss():
         llm.model.zero_grad()
-        return main.accumulate_gradients(
-            llm, rollout, advantages, rollout.completion_mask, old_logps, ref_logps, CUTS[2], args
-        )[0].item()
+        mask = rollout.sampled_mask
+        return accumulate_gradients(config, llm, rollout, advantages, mask, old_logps, ref_logps)[0].item()
 
     loss()
     weights = list(llm.model.parameters())
@@ -699,46 +732,60 @@ def test_gradient_of_a_step_by_finite_differences(load, in_float64, family, name
     assert (values[0] - values[1]) / 1e-8 == pytest.approx(slope, rel=1e-5, abs=1e-5)
 
 
-def test_correction_for_the_sampler_weighs_by_what_it_sampled_from(load, in_float64):
-    """π_old of the trainer over that of the sampler, at most 2; from the old weights in later updates too."""
-    args = flags("bnpo", "--importance_sampling_correction", "--beta", "0")
+def test_sampler_correction_uses_the_old_weights(load, in_float64):
+    """--importance_sampling_correction: π_old of the trainer over that of the sampler, at most 2, also in the updates
+    after the first."""
+    config = config_of("bnpo", "--importance_sampling_correction --beta 0")
     llm = load("qwen2")
-    rollout, advantages = small_rollout(llm, "qwen2", args)
-    mask = rollout.completion_mask
+    rollout, advantages = small_rollout(llm, "qwen2", config)
+    mask = rollout.sampled_mask
     noise = torch.randn(mask.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     rollout.sampler_logps += noise * mask
-    off = moved(load("qwen2").model, 1e-3)
-    llm.model.load_state_dict(off.state_dict())  # what is trained by now; sampled was from the weights before
+    updated = moved(load("qwen2").model, 1e-3)
+    llm.model.load_state_dict(updated.state_dict())  # the weights after an update; sampled with those before it
     with torch.no_grad():
-        old_logps, logps = (token_logps(llm, rollout, 0.8, model=m) for m in (load("qwen2").model, off))
+        old_logps, logps = (token_logps(llm, rollout, 0.8, model=m) for m in (load("qwen2").model, updated))
     weights = (old_logps - rollout.sampler_logps).exp()
     assert (weights[mask] > 2).any() and (weights[mask] < 0.5).any()
     ratio = (logps - old_logps).exp()
     gain = torch.min(ratio * advantages[:, None], ratio.clip(0.8, 1.2) * advantages[:, None])
     expected = -(weights.clip(max=2) * gain)[mask].mean()
-    loss, stats, _ = main.accumulate_gradients(llm, rollout, advantages, mask, old_logps, None, CUTS[5], args)
+    loss, stats, _ = accumulate_gradients(config, llm, cut(rollout, CUTS[5]), advantages, mask, old_logps, None)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert stats["sampler_logp_diff"] == pytest.approx(noise[mask].abs().mean().item(), abs=1e-5)
 
 
-# --- What the loop keeps over a run ---
+# --- The loop ---
+
+
+def letters(text: str) -> float:
+    return sum("a" <= letter <= "z" for letter in text) / (len(text) + 1)
 
 
 class LetterEvaluator(ExactNumberEvaluator):
-    """Rewards that random text differs in: the share of small letters."""
+    """A reward in which random texts differ: the share of small letters."""
 
-    def score(self, completion, answer):
-        return sum("a" <= letter <= "z" for letter in completion) / (len(completion) + 1), 0.0, 0.0, 0.0, 0.0
+    components: ClassVar = {"letters": 1.0}
+
+    def letters(self, completion, gold):
+        return letters(completion.text)
+
+
+class OddAnswersOnly(LetterEvaluator):
+    """The same where the right answer is odd; else 0, so that all rewards of the group are equal."""
+
+    def letters(self, completion, gold):
+        return letters(completion.text) if int(gold) % 2 else 0.0
 
 
 @pytest.fixture
 def train(model_folder, tmp_path, monkeypatch):
-    """-> a function that makes three updates of a random model and gives their records."""
-    monkeypatch.setitem(EVALUATORS, "arithmetic", LetterEvaluator)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the loop's handlers would outlive the test
-    folder = tmp_path / "run"
+    """-> a function that makes three updates of a random model and returns their records."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of the run would outlive the test
 
-    def run(*more):
+    def run(*more, evaluator=LetterEvaluator, name="run"):
+        monkeypatch.setitem(EVALUATORS, "arithmetic", evaluator)
+        folder = tmp_path / name
         command = f"--model_path {model_folder('qwen2')} --dataset_name arithmetic --output_dir {folder} --device cpu "
         command += "--max_steps 3 --learning_rate 3e-3 --warmup_ratio 0 --train_size 8 --eval_size 2 "
         command += "--prompts_per_step 2 --num_generations 4 --max_completion_length 8 --max_prompt_length 400"
@@ -748,25 +795,93 @@ def train(model_folder, tmp_path, monkeypatch):
     return run
 
 
-def test_the_reference_stays_where_the_run_began(train):
-    """A reference that shares its weights with the policy follows every update: its KL is 0 for ever, and the penalty
-    that should hold the policy back does nothing."""
+@pytest.fixture
+def updates(monkeypatch):
+    """The arguments of each call of `accumulate_gradients`, by name, with the log-probabilities that it returned."""
+    calls, accumulate = [], main.accumulate_gradients
+
+    def listen(*args, **more):
+        result = accumulate(*args, **more)
+        bound = inspect.signature(accumulate).bind(*args, **more)
+        calls.append(types.SimpleNamespace(**bound.arguments, logps=result[2]))
+        return result
+
+    monkeypatch.setattr(main, "accumulate_gradients", listen)
+    return calls
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Every rollout of training, in the order in which they were sampled."""
+    rollouts, sample = [], Sampler.sample
+
+    def listen(sampler, prompts, num_generations, *rest, **more):
+        rollout = sample(sampler, prompts, num_generations, *rest, **more)
+        if num_generations > 1:  # an evaluation decodes one greedy answer
+            rollouts.append(rollout)
+        return rollout
+
+    monkeypatch.setattr(Sampler, "sample", listen)
+    return rollouts
+
+
+def test_reference_model_stays_frozen(train):
+    """A reference that shares its weights with the policy would follow every update: the KL would always be 0."""
     first, second, third = train("--objective", "grpo", "--beta", "0.04")
     assert first["kl"] == pytest.approx(0, abs=1e-9)
     assert second["kl"] > 1e-3 and third["kl"] > second["kl"]
 
 
-def test_old_log_probabilities_are_those_before_the_first_update(train, monkeypatch):
-    """With μ = 3: taken anew for each update, the ratio would stay near 1 and never be clipped."""
-    accumulate, calls = main.accumulate_gradients, []
-
-    def listen(llm, rollout, advantages, mask, old_logps, *rest):
-        result = accumulate(llm, rollout, advantages, mask, old_logps, *rest)
-        calls.append((old_logps, result[2]))
-        return result
-
-    monkeypatch.setattr(main, "accumulate_gradients", listen)
+def test_old_logps_are_from_before_the_first_update(train, updates):
+    """With μ = 3: computed again for each update, the ratio would stay near 1 and never be clipped."""
     records = train("--num_iterations", "3")
-    (none, first), (second_old, second), (third_old, _) = calls
-    assert none is None and second_old.equal(first) and third_old.equal(first) and not second.equal(first)
+    first, second, third = updates
+    assert first.old_logps is None and second.old_logps.equal(first.logps) and third.old_logps.equal(first.logps)
+    assert not second.logps.equal(first.logps)
     assert records[0]["ratio"] == 1 and all(record["ratio"] != 1 for record in records[1:])
+
+
+def test_overlong_penalty_counts_in_advantages_only(train, updates):
+    """It changes the advantages, and no column that describes the rewards."""
+    record, *_ = train("--objective", "grpo", "--overlong_buffer", "0.5", "--scale_rewards", "none")
+    rollout = updates[0].rollout
+    rewards = torch.tensor([letters(text) for text in rollout.texts])
+    penalty = -((rollout.lengths - 4) / 4).clamp(0, 1)  # of at most 8 tokens
+    assert penalty.unique().numel() > 1
+    torch.testing.assert_close(updates[0].advantages, group_advantages(rewards + penalty, 4, "none"))
+    assert record["reward"] == record["rewards/letters"] == pytest.approx(rewards.mean().item())
+    assert record["reward_std"] == pytest.approx(rewards.view(2, 4).std(1).mean().item())
+    assert record["overlong_penalty"] == pytest.approx(penalty.mean().item())
+
+
+# Columns of the update: they describe the completions that are trained. Others describe the rollout, or times.
+OF_THE_UPDATE = {"loss", "kl", "ratio", "clip_fraction", "entropy", "sampler_logp_diff", "grad_norm"}
+OF_THE_MACHINE = {"tokens_per_second", "peak_memory_gb"}
+
+
+def test_columns_describe_what_was_sampled_first(train, updates, sampled):
+    """One record once mixed two populations: the reward and the metrics were those of the first samples, the reward
+    components, tokens and lengths those of the groups that replaced equal ones. The seed is the same in both runs, so
+    their first samples are the same."""
+    flags = ("--objective", "dapo", "--prompts_per_step", "4", "--max_steps", "1")
+    (plain,) = train(*flags, "--dynamic_sampling", "0", evaluator=OddAnswersOnly, name="plain")
+    updates.clear()
+    sampled.clear()
+    (record,) = train(*flags, evaluator=OddAnswersOnly, name="replaced")
+    described = {name for name in plain if not name.startswith("seconds/")} - OF_THE_UPDATE - OF_THE_MACHINE
+    described -= {"epoch"}  # replacing takes further prompts
+    assert {"reward", "reward_std", "rewards/letters", "completion_length", "accuracy", "tokens"} < described
+    assert {name: record[name] for name in described} == {name: plain[name] for name in described}
+
+    new = {"replaced_fraction", "resampled_tokens", "trained/reward", "trained/completion_length"}
+    assert record.keys() - plain.keys() == new
+    trained, first, further = updates[0].rollout, sampled[0], sampled[1:]
+    assert record["replaced_fraction"] == record["zero_std_fraction"] > 0
+    assert record["resampled_tokens"] == sum(int(rollout.lengths.sum()) for rollout in further) > 0
+    assert record["tokens"] == int(first.lengths.sum())
+    assert record["trained/completion_length"] == pytest.approx(trained.lengths.float().mean().item())
+    rewards = torch.tensor([letters(text) for text in trained.texts])  # all trained groups have odd answers
+    assert record["trained/reward"] == pytest.approx(rewards.mean().item()) and record["reward"] < rewards.mean()
+    assert len(trained.texts) == 16 and updates[0].advantages.view(4, 4).abs().amax(1).min() > 0
+    spent = record["tokens"] + record["resampled_tokens"]
+    assert record["tokens_per_second"] == pytest.approx(spent / record["seconds/total"])
