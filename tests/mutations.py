@@ -3,135 +3,129 @@
     python tests/mutations.py                     all of them: prints the table of docs/mutations.md
     python tests/mutations.py "kl sign" ...       those whose name contains one of the words
 
-Each bug is a replacement of text that must occur exactly once: code that has moved on makes this script stop rather
-than report a bug as caught that was never put in. Without any bug the tests have to pass first.
+A bug replaces an expression or a statement of a function. The function is found by its qualified name in any module,
+and the code in its syntax tree, so that moving, wrapping and formatting code changes nothing. Names that begin with
+`any_` stand for any expression. A bug that does not fit exactly once stops the script before a test runs. Without any
+bug the tests have to pass.
 """
 
+from __future__ import annotations
+
+import ast
+import copy
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_objectives.py", "tests/test_contracts.py")
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "plots", "docs", "benchmarks", "*.lock")
-TIMEOUT = 600  # seconds; a test that hangs has noticed, but nobody would know what
+TIMEOUT = 600  # seconds
+BROKEN_RUN = 2  # pytest's exit statuses from here on are not failing tests
 
 
 @dataclass(frozen=True)
 class Mutation:
     name: str
-    file: str
-    old: str
+    function: str  # its qualified name, such as Decoder.emit
+    old: str  # an expression or a statement in it
     new: str
 
 
 MUTATIONS = [
     Mutation(
         "advantage sign",
-        "main.py",
-        "centred = groups - groups.mean(1, keepdim=True)",
-        "centred = groups.mean(1, keepdim=True) - groups",
+        "group_advantages",
+        "any_groups - any_groups.mean(1, keepdim=True)",
+        "any_groups.mean(1, keepdim=True) - any_groups",
     ),
-    Mutation("std over the wrong axis", "main.py", "groups.std(1, keepdim=True)", "groups.std(0, keepdim=True)"),
     Mutation(
-        "end of sequence masked out",
-        "rollout.py",
-        "< lengths.clone()[:, None]  # (B, T)",
-        "< (lengths - finished.long()).clone()[:, None]",
+        "std over the wrong axis",
+        "group_advantages",
+        "any_groups.std(1, keepdim=True)",
+        "any_groups.std(0, keepdim=True)",
     ),
-    Mutation("off by one in the shift", "llms.py", "index, ids[:, :-1], mask", "index, ids[:, 1:], mask"),
+    Mutation("end of sequence masked out", "Sampler.sample", "lengths.clone()", "(lengths - finished.long()).clone()"),
+    Mutation("off by one in the shift", "hidden_states", "ids[:, :-1]", "ids[:, 1:]"),
     Mutation(
         "off by one in the shift, prompts not shared",
-        "llms.py",
-        "return hidden[:, length - 1 : -1]",
-        "return hidden[:, length:]",
+        "hidden_states_unshared",
+        "any_hidden[:, any_length - 1 : -1]",
+        "any_hidden[:, any_length:]",
     ),
-    Mutation(
-        "temperature forgotten by the trainer",
-        "llms.py",
-        "    if temperature != 1:\n        logits.div_(temperature)\n",
-        "",
-    ),
-    Mutation(
-        "temperature forgotten by the sampler",
-        "rollout.py",
-        "        if self.temperature not in (0, 1):\n            logits /= self.temperature\n",
-        "",
-    ),
+    Mutation("temperature forgotten by the trainer", "tempered_logits", "any_logits.div_(temperature)", "any_logits"),
+    Mutation("temperature forgotten by the sampler", "Decoder.emit", "any_logits /= self.temperature", "pass"),
     Mutation(
         "mean of the micro-batches' means",
-        "main.py",
-        "            normalizer=normalizer,\n",
-        "            normalizer=len(plan)\n"
-        "            * step_normalizer(objective.normalizer, mask[rows], args.max_completion_length),\n",
+        "accumulate_gradients",
+        "grpo_loss(any_a, any_b, any_c, any_d, any_mask, any_e, divisor, any_f)",
+        "grpo_loss(any_a, any_b, any_c, any_d, any_mask, any_e, len(rollout.micro_batches(config.micro_batch_tokens)) "
+        "* loss_divisor(config.objective, any_mask, config.max_completion_length), any_f)",
     ),
     Mutation(
         "ratio without detach",
-        "main.py",
-        "old = all_logps[rows] if old_logps is None else",
-        "old = logps if old_logps is None else",
+        "accumulate_gradients",
+        "any_detached if old_logps is None else any_old",
+        "logps if old_logps is None else any_old",
     ),
     Mutation(
         "old log-probabilities renewed at every update",
-        "main.py",
-        "old_logps = logps if old_logps is None else old_logps",
-        "old_logps = logps",
+        "train",
+        "any_new if old_logps is None else old_logps",
+        "any_new",
     ),
-    Mutation("KL sign: policy and reference exchanged", "main.py", "= ref_logps - logps", "= logps - ref_logps"),
-    Mutation("KL sign: a reward for leaving", "main.py", "per_token + beta * kl", "per_token - beta * kl"),
+    Mutation("KL sign: policy and reference exchanged", "kl_estimate", "ref_logps - logps", "logps - ref_logps"),
     Mutation(
-        "mask ignored in a normalizer: tokens",
-        "main.py",
-        "float(max(1, int(mask.sum())))",
-        "float(mask.numel())",
+        "KL sign: a reward for leaving",
+        "grpo_loss",
+        "any_loss + objective.beta * any_kl",
+        "any_loss - objective.beta * any_kl",
     ),
+    Mutation("mask ignored in a normalizer: tokens", "loss_divisor", "mask.sum()", "mask.numel()"),
     Mutation(
         "mask ignored in a normalizer: lengths",
-        "main.py",
-        "lengths = mask.sum(1, keepdim=True).clamp(min=1)",
-        "lengths = mask.new_full((len(mask), 1), mask.shape[1])",
+        "grpo_loss",
+        "mask.sum(1, keepdim=True).clamp(min=1)",
+        "mask.new_full((len(mask), 1), mask.shape[1])",
     ),
     Mutation(
         "rows permuted: answers in another order than completions",
-        "main.py",
-        "[example.answer for example in new_examples for _ in range(G)]",
-        "[example.answer for _ in range(G) for example in new_examples]",
+        "sample_and_score",
+        "[any_answer for example in examples for _ in range(any_G)]",
+        "[any_answer for _ in range(any_G) for example in examples]",
     ),
     Mutation(
         "rows permuted: advantages of a micro-batch",
-        "main.py",
-        "            advantages[rows],\n",
-        "            advantages[sorted(rows)],\n",
+        "accumulate_gradients",
+        "advantages[rows]",
+        "advantages[sorted(rows)]",
     ),
     Mutation(
-        "rows permuted: when finished rows leave the sampler",
-        "rollout.py",
-        "                    origin = origin[keep]\n",
-        "                    origin = origin[: len(keep)]\n",
+        "rows permuted: when finished rows leave the sampler", "Decoder.decode", "origin[keep]", "origin[: len(keep)]"
     ),
     Mutation(
         "positions counted from the left padding",
-        "llms.py",
-        "return (mask.long().cumsum(-1) - 1).clamp(min=0)",
-        "return torch.arange(ids.shape[1]).expand_as(ids)",
+        "prompt_positions",
+        "(mask.long().cumsum(-1) - 1).clamp(min=0)",
+        "torch.arange(ids.shape[1]).expand_as(ids)",
     ),
     Mutation(
         "positions of the completion after the padded prompt's",
-        "llms.py",
-        "prompts.next_positions()[index, None]",
-        "prompts.ids.shape[1]",
+        "completion_positions",
+        "prompts.next_positions()",
+        "torch.full_like(prompts.next_positions(), prompts.ids.shape[1])",
     ),
     Mutation(
         "reference not frozen: it is the policy",
-        "main.py",
-        "reference = load_llm(model_path, args.device, args.dtype, args.attn_implementation).model\n"
-        "            reference.requires_grad_(False)",
-        "reference = llm.model",
+        "set_up_and_train",
+        "load_llm(any_path, *any_how).model.requires_grad_(False)",
+        "llm.model",
     ),
 ]
 
@@ -139,52 +133,118 @@ MUTATIONS = [
 def main() -> int:
     words = [word.lower() for word in sys.argv[1:]]
     chosen = [one for one in MUTATIONS if not words or any(word in one.name.lower() for word in words)]
-    for mutation in chosen:  # before an hour is spent
-        mutated(mutation)
-    failed, seconds = run_tests(None)
+    modules = {path.name: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
+    mutated = {mutation.name: mutate(modules, mutation) for mutation in chosen}  # before an hour is spent
+    failed, seconds = run_tests()
     if failed:
         sys.exit(f"the tests fail without any bug: {failed}")
     print(f"without a bug: pass ({seconds:.0f} s)", file=sys.stderr, flush=True)
     print("| bug | file | caught by |\n|---|---|---|")
     survivors = 0
-    for mutation in chosen:
-        failed, seconds = run_tests(mutation)
+    for name, (file, text) in mutated.items():
+        failed, seconds = run_tests(file, text)
         survivors += failed is None
-        print(f"| {mutation.name} | `{mutation.file}` | {f'`{failed}`' if failed else '**survived**'} |", flush=True)
-        print(f"{mutation.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"| {name} | `{file}` | {f'`{failed}`' if failed else '**survived**'} |", flush=True)
+        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     print(f"\n{len(chosen) - survivors} of {len(chosen)} caught")
     return min(survivors, 1)
 
 
-def mutated(mutation: Mutation) -> str:
-    """The file's text with the bug in it."""
-    text = (ROOT / mutation.file).read_text()
-    count = text.count(mutation.old)
-    if count != 1:
-        sys.exit(
-            f"{mutation.name}: the text to replace stands {count} times in {mutation.file}, not once:\n{mutation.old}"
-        )
-    return text.replace(mutation.old, mutation.new)
+# --- Finding a place in the code ---
 
 
-def run_tests(mutation: Mutation | None) -> tuple[str | None, float]:
-    """-> the first test that fails on a copy with the bug, None if all pass; and the seconds it took."""
+def mutate(modules: dict[str, ast.Module], mutation: Mutation) -> tuple[str, str]:
+    """-> the name of the file and its text with the bug in it. Exits if there is not exactly one place for it."""
+    homes = [(file, tree) for file, tree in modules.items() if any(functions(tree, mutation.function))]
+    if len(homes) != 1:
+        sys.exit(f"{mutation.name}: the function {mutation.function} is in {len(homes)} modules, not in one")
+    file, tree = homes[0][0], copy.deepcopy(homes[0][1])
+    edit = Replace(mutation.old, mutation.new)
+    for function in functions(tree, mutation.function):
+        edit.visit(function)
+    if edit.count != 1:
+        sys.exit(f"{mutation.name}: found {edit.count} times in {mutation.function} ({file}), not once: {mutation.old}")
+    return file, ast.unparse(tree)
+
+
+def functions(tree: ast.AST, name: str) -> Iterator[ast.AST]:
+    """The functions and methods of a module with this qualified name."""
+    first, _, rest = name.partition(".")
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == first:
+            if rest:
+                yield from functions(node, rest)
+            elif isinstance(node, ast.FunctionDef):
+                yield node
+
+
+class Replace(ast.NodeTransformer):
+    """Replaces each piece of code that equals `old`, where names that begin with `any_` equal any expression."""
+
+    def __init__(self, old: str, new: str):
+        self.old, self.new = parse(old), parse(new)
+        self.count = 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        bound: dict[str, ast.AST] = {}
+        if matches(self.old, node, bound):
+            self.count += 1
+            return Fill(bound).visit(copy.deepcopy(self.new))
+        return self.generic_visit(node)
+
+
+class Fill(ast.NodeTransformer):
+    """Puts the matched expressions in the place of their names."""
+
+    def __init__(self, bound: dict[str, ast.AST]):
+        self.bound = bound
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return copy.deepcopy(self.bound.get(node.id, node))
+
+
+def parse(code: str) -> ast.AST:
+    """The syntax tree of one expression or statement."""
+    (statement,) = ast.parse(code).body
+    return statement.value if isinstance(statement, ast.Expr) else statement
+
+
+def matches(pattern: object, code: object, bound: dict[str, ast.AST]) -> bool:
+    """Is `code` what `pattern` describes? Fills `bound` with the expressions that the `any_` names stand for."""
+    if isinstance(pattern, ast.Name) and pattern.id.startswith("any_") and isinstance(code, ast.expr):
+        known = bound.setdefault(pattern.id, code)
+        return ast.dump(known) == ast.dump(code)
+    if isinstance(pattern, list):
+        pairs = zip(pattern, code, strict=False) if isinstance(code, list) and len(code) == len(pattern) else None
+        return pairs is not None and all(matches(one, other, bound) for one, other in pairs)
+    if not isinstance(pattern, ast.AST):
+        return pattern == code
+    if type(pattern) is not type(code):
+        return False
+    fields = (name for name in pattern._fields if name != "ctx")  # whether a name is read or written
+    return all(matches(getattr(pattern, name), getattr(code, name), bound) for name in fields)
+
+
+# --- Running the tests ---
+
+
+def run_tests(file: str | None = None, text: str = "") -> tuple[str | None, float]:
+    """-> the first test that fails on a copy with the changed file, None if all pass; and the seconds it took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        copy = Path(place) / "copy"
-        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
-        tests = TESTS
-        if mutation:
-            (copy / mutation.file).write_text(mutated(mutation))
-            tests = TESTS if mutation.file == "main.py" else TESTS[::-1]  # where it is likelier to be noticed first
-        # TRL's loss says nothing that the papers' do not say, and takes seconds to import.
+        checkout = Path(place) / "copy"
+        shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
+        if file:
+            (checkout / file).write_text(text)
+        tests = TESTS if file in (None, "main.py") else TESTS[::-1]  # first those that are likelier to notice
+        # TRL takes seconds to import, and its loss is compared with formulas that other tests compare with too.
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not trl", *tests]
-        result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=TIMEOUT)
+        result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=TIMEOUT)
     seconds = time.perf_counter() - start
     if result.returncode == 0:
         return None, seconds
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
-    if result.returncode != 1 or not failed:  # not a failing test but a broken run
+    if result.returncode >= BROKEN_RUN or not failed:
         sys.exit(f"pytest itself failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
     return failed[1].removeprefix("tests/"), seconds
 
