@@ -6,7 +6,7 @@
 4. Tokens are sampled from softmax(logits / temperature), without the placeholders of pictures.
 6. Evaluating changes nothing in training.
 
-Between them: each completion is scored with the answer of its own prompt, also after groups were replaced.
+Also: each completion is scored with the answer of its own prompt, also after groups were replaced.
 """
 
 import dataclasses
