@@ -31,7 +31,7 @@ TASK_OPTIONS = {"arithmetic": {"steps": 1}, "correlation": {"size": 32, "style":
 
 def small_config(*flags: str) -> Config:
     """Settings for calling parts of the loop directly; the model and the task that they name are not used."""
-    named = "--model_path small --dataset_name gsm8k"
+    named = "--model_path small --dataset_name gsm8k --max_steps 10"
     return parse_args(" ".join((named, *flags)).split())
 
 

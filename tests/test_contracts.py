@@ -24,9 +24,10 @@ from small_models import cut, picture, question, questions, small_config
 from batch import Batch
 from config import OBJECTIVES, Config
 from evaluator import ExactNumberEvaluator, get_evaluator
-from llms import LLM, Prompts, encode_prompts, load_llm
+from llms import LLM, load_llm
 from logprobs import token_logps
 from main import accumulate_gradients, evaluate, group_advantages, replace_equal_groups, sample_and_score
+from prompts import Prompts, encode_prompts
 from rldatasets import Example, get_dataset
 from rollout import Decoder, FusedDecoder, Rollout, Sampler
 from run import Run
@@ -544,7 +545,8 @@ def test_completions_are_scored_with_their_own_answers(models, collect, name):
     assert ("dull" in answers) == (name == "grpo")
     for row, text in enumerate(rollout.texts):
         ids = rollout.completion_ids[row][rollout.completion_mask[row]]
-        assert llm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+        ids = ids[:-1] if rollout.finished[row] else ids  # without the end token
+        assert llm.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
         assert batch.completions[row].text == text
         assert batch.rewards[row].tolist() == list(PairEvaluator().score(text, answers[row // 3]).values())
     for q, one in enumerate(batch.examples):
