@@ -194,7 +194,8 @@ class Config:
     def flags(self) -> dict[str, Any]:
         """Every flag by name, for config.json; the choices of the objective under their own names."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "argv"}
-        return values | dataclasses.asdict(self.objective) | {"objective": self.objective.name}
+        choices = dataclasses.asdict(self.objective)
+        return values | {"objective": choices.pop("name")} | choices
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
