@@ -151,7 +151,7 @@ def test_metrics_of_an_evaluation_are_over_all_batches():
     prompt_length=st.integers(1, 40),
     budget=st.integers(1, 600),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_micro_batches_are_a_partition_within_the_budget(lengths, group_size, prompt_length, budget):
     lengths = lengths * group_size  # B = Q·G
     rollout = rollout_of(lengths, [True] * len(lengths), group_size, prompt_length)

@@ -12,7 +12,9 @@ from rldatasets import DATASETS
 from tiny_models import RECIPES
 
 FLAGS = {field.name: field for _, field in flag_fields()}
-NUMBERS = [name for name, field in FLAGS.items() if any(value is not None for value in field.metadata["bounds"].values())]
+NUMBERS = [
+    name for name, field in FLAGS.items() if any(value is not None for value in field.metadata["bounds"].values())
+]
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def test_defaults_are_within_their_bounds(name):
 
 
 def test_config_json_holds_every_flag():
-    flags = parse_args("--objective gspo --beta 0.1".split()).flags()
+    flags = parse_args(["--objective", "gspo", "--beta", "0.1"]).flags()
     assert flags.keys() == {*FLAGS}
     assert flags["objective"] == "gspo" and flags["beta"] == 0.1 and flags["epsilon_high"] == 4e-4
 
@@ -134,8 +136,8 @@ def test_a_choice_changes_one_setting_of_a_preset():
 
 
 def test_zero_is_a_choice():
-    assert parse_args("--beta 0".split()).objective.beta == 0
-    assert parse_args("--objective dapo --overlong_buffer 0".split()).objective.overlong_buffer == 0
+    assert parse_args(["--beta", "0"]).objective.beta == 0
+    assert parse_args(["--objective", "dapo", "--overlong_buffer", "0"]).objective.overlong_buffer == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def test_abbreviated_flags_are_refused(refusal):
 def test_resume_takes_an_optional_checkpoint():
     assert parse_args([]).resume is None
     assert parse_args(["--resume"]).resume == "newest"
-    assert parse_args("--resume runs/a/checkpoints/step_000004 --seed 1".split()).resume.endswith("step_000004")
+    assert parse_args(["--resume", "runs/a/checkpoints/step_000004", "--seed", "1"]).resume.endswith("step_000004")
 
 
 def test_arguments_are_kept_as_given():

@@ -47,7 +47,7 @@ def test_learning_rate_follows_its_schedule():
     steps=st.integers(1, 40),
     warmup=st.floats(0, 1),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_step_has_a_positive_rate(kind, steps, warmup):
     """The first step of a short run, or the last one, must not be without effect."""
     found = rates(kind, steps, warmup)

@@ -9,12 +9,12 @@ from runs import python
 from small_models import small_config
 
 import progress
-from config import OBJECTIVES, parse_args
+from config import OBJECTIVES
 from evaluator import Headline
 from progress import Progress, did_you_mean, explanations, format_duration, format_value, setup_lines, summary_lines
 
 HEADLINE = Headline("accuracy", "accuracy", "%", lower_is_better=False, chance=0.1)
-CONFIG = parse_args("--dataset_name arithmetic --output_dir runs/a --max_steps 40 --max_completion_length 16".split())
+CONFIG = small_config("--dataset_name arithmetic --output_dir runs/a --max_steps 40 --max_completion_length 16")
 RECORD = {
     "step": 1,
     "loss": 0.3,

@@ -62,7 +62,7 @@ def test_phases_are_timed_and_add_up_within_a_step(run):
         run.log_step({**RECORD, "step": step})
     for record in read(run.folder.path / "train_logs.json"):
         assert 0.04 <= record["seconds/rollout"] < record["seconds/total"]
-        assert 0.01 <= record["seconds/loss"] and record["seconds/reward"] == 0
+        assert record["seconds/loss"] >= 0.01 and record["seconds/reward"] == 0
         assert 0.08 <= record["seconds/total"] < 0.08 + 0.5
         assert record["tokens_per_second"] == pytest.approx(100 / record["seconds/total"])
         assert record["peak_memory_gb"] > 0.01
@@ -170,6 +170,7 @@ def test_a_signal_stops_the_run(run, number, capsys):
     assert "main.py" in capsys.readouterr().out  # the command that resumes
 
 
+@pytest.mark.slow
 def test_max_minutes_stops_with_a_checkpoint(small_run, capsys):
     whole = small_run("arithmetic", name="whole")
     folder = small_run("arithmetic", "--max_minutes 0.0001")
@@ -179,6 +180,7 @@ def test_max_minutes_stops_with_a_checkpoint(small_run, capsys):
     assert records(folder) == records(whole) and evaluations(folder) == evaluations(whole)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_after_the_step_with_a_checkpoint(small_run, monkeypatch, capsys):
     whole = small_run("arithmetic", name="whole")
     log_step = Run.log_step
@@ -218,6 +220,7 @@ def test_the_resume_command_begins_as_this_one_did(monkeypatch):
 # Contract 8: a resumed run logs what the uninterrupted one logs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, flags",
     [
@@ -245,6 +248,7 @@ def test_a_resumed_run_logs_what_a_whole_run_logs(small_run, tmp_path, task, fla
         assert (killed / path).read_bytes() == (whole / path).read_bytes()
 
 
+@pytest.mark.slow
 def test_resuming_from_an_earlier_checkpoint_for_longer(small_run):
     folder = small_run("arithmetic")
     before = records(folder)
@@ -263,7 +267,7 @@ def test_resuming_with_other_flags_is_refused(small_run, capsys):
 
 
 def test_only_flags_that_change_no_number_may_change():
-    assert MAY_CHANGE <= {field.name for _, field in flag_fields()}
+    assert {field.name for _, field in flag_fields()} >= MAY_CHANGE
     began = {"flags": small_config().flags()}
     for name, value in began["flags"].items():
         now = {"flags": {**began["flags"], name: "another" if value != "another" else "one"}}
@@ -357,6 +361,7 @@ def test_a_folder_with_a_run_is_refused(small_run, refused):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_overwriting_replaces_a_run(small_run):
     folder = small_run("arithmetic")
     small_run("arithmetic", "--overwrite_output_dir --max_steps 1")
