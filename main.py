@@ -19,13 +19,14 @@ prompt i // G), b rows of a micro-batch, T completion tokens (right-padded), K r
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 
 from config import Config, Objective, parse_args
+from progress import make_output_safe
 
 if __name__ == "__main__":
+    make_output_safe()
     parse_args()  # before torch is imported: --help and a wrong flag answer at once
 
 import torch
@@ -368,25 +369,27 @@ def set_up_and_train(config: Config) -> int:
     """Load model and task, refuse what cannot work before anything is written, train. Returns the exit status."""
     evaluator = get_evaluator(config.dataset_name)
     with Run(config, evaluator) as run:
+        loader, test_set = get_dataloaders(  # before the model, which is slower: bad data are refused at once
+            *(config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed),
+            *(config.dataset_path, config.dataset_options),
+            encode=lambda examples: encode_prompts(llm, examples),
+            max_prompt_length=config.max_prompt_length,
+        )
         model_path = config.model_path
         if model_path == "tiny":
             model_path = str(tiny_model(config.dataset_name, config.dataset_path, config.dataset_options))
         how = (config.device, config.dtype, config.attn_implementation, config.chat_template_kwargs)
-        llm = load_llm(run.checkpoint or model_path, *how)
-        loader, test_set = get_dataloaders(
-            *(config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed),
-            *(config.dataset_path, config.dataset_options, functools.partial(encode_prompts, llm)),
-            max_prompt_length=config.max_prompt_length,
-        )
+        llm: LLM = load_llm(run.checkpoint or model_path, *how)
         refuse_unfit_model(config, llm, test_set)
         if config.gradient_checkpointing:
             recompute_activations(llm.model)
         config = config.with_steps(loader.steps_per_epoch)
-        run.open(config, llm, len(loader.dataset), len(test_set))
+        reference = load_llm(model_path, *how) if config.objective.beta and not config.eval_only else None
+        run.open(config, llm, reference, loader.dataset, test_set)
         if config.eval_only:
             return run.finish_evaluation(*evaluate(config, Sampler(llm), test_set, evaluator))
-        reference = load_llm(model_path, *how).model.requires_grad_(False) if config.objective.beta else None
-        train(config, llm, reference, loader, test_set, evaluator, run)
+        frozen = reference.model.requires_grad_(False) if reference else None
+        train(config, llm, frozen, loader, test_set, evaluator, run)
         return run.finish()
 
 

@@ -17,6 +17,7 @@ S = P + T cache slots, L layers, D head size, V vocabulary, b rows still decodin
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -203,7 +204,17 @@ class Sampler:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.generator.set_state(state["generator"])
+        """Restore what `state_dict` gave. A generator's state fits only its kind of device: on another one, sampling
+        continues with new random numbers, whose seed is the check sum of that state, and prints a line."""
+        saved = state["generator"]
+        if saved.shape == self.generator.get_state().shape:
+            self.generator.set_state(saved)
+            return
+        self.generator.manual_seed(zlib.crc32(bytes(saved.tolist())))
+        print(
+            f"note: the checkpoint has the random numbers of another kind of device than {self.generator.device.type}: "
+            "sampling continues with new ones, so this run differs from an uninterrupted one"
+        )
 
     def roomy_decoder(self, rows: int, slots: int) -> Decoder:
         """The decoder, replaced by a larger one if it has too few rows or slots."""

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shlex
 import signal
+import stat
 import sys
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +28,8 @@ from config import Config
 from evaluator import RewardError, RewardEvaluator
 from llms import LLM
 from progress import PYTHON, Progress, setup_lines, summary_lines
-from run_folder import RunFolder, RunFolderError, hardware_and_versions, read_records
+from rldatasets import Dataset
+from run_folder import RunFolder, RunFolderError, fingerprint, hardware_and_versions, read_records
 
 try:
     import resource
@@ -37,6 +41,7 @@ MAY_CHANGE = {
     *("max_steps", "eval_steps", "save_steps", "save_total_limit", "max_minutes", "log_completions_steps"),
     *("log_completions_groups", "resume", "overwrite_output_dir", "output_dir", "eval_only"),
 }
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal or connection is closed; Windows has no such signal
 
 
 class Stateful(Protocol):
@@ -92,17 +97,22 @@ class Run:
 
     # --- opening and resuming ---
 
-    def open(self, config: Config, llm: LLM, num_train: int, num_test: int) -> None:
-        """Open the folder of a new run, or check that a resumed one has the flags it began with. `config` has the
-        number of steps by now."""
+    def open(self, config: Config, llm: LLM, reference: LLM | None, train_set: Dataset, test_set: Dataset) -> None:
+        """Open the folder of a new run, or check that a resumed one has the flags, the model and the data it began
+        with. `config` has the number of steps by now."""
         self.config, self.llm = config, llm
+        original = reference or (None if self.checkpoint else llm)  # what was loaded from --model_path
         description = describe_run(config, llm, self.evaluator)
+        description["fingerprints"] = fingerprints(config, original, train_set, test_set)
         self.saved = self.folder.load_trainer_state(self.checkpoint) if self.checkpoint else None
         if config.resume:
-            refuse_other_flags(self.folder.read_config(), description)
+            began = self.folder.read_config()
+            refuse_other_flags(began, description)
+            refuse_other_inputs(began, description)
+            description["fingerprints"] = began.get("fingerprints", {}) | description["fingerprints"]
         else:
             self.folder.open_new(config.overwrite_output_dir, checkpoint_bytes(llm), description)
-        print(setup_lines(config, llm, num_train, num_test), flush=True)
+        print(setup_lines(config, llm, len(train_set), len(test_set)), flush=True)
         if config.resume and not config.eval_only:
             self.folder.truncate_after(self.saved["run"]["step"] if self.saved else -1)
             self.folder.write_config(description)
@@ -118,12 +128,17 @@ class Run:
             self.step, self.evals = state["step"], state["evals"]
             self.best_step, self.best_score = state["best_step"], state["best_score"]
             self.saved = None  # its tensors were copied
-        self.progress = Progress(self.config, self.evaluator.headline, self.step)
+        dtype = str(self.llm.dtype).removeprefix("torch.")
+        self.progress = Progress(self.config, self.evaluator.headline, self.step, dtype)
+        if note := schedule_note(self.config, getattr(parts.get("optimizer"), "total_steps", self.config.max_steps)):
+            self.progress.say(note)
         if self.config.max_minutes:
             self.deadline = time.monotonic() + 60 * self.config.max_minutes
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.request_stop)
+            if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(HANGUP, self.request_stop)
         return self.step
 
     def save(self) -> None:
@@ -135,15 +150,20 @@ class Run:
     # --- stopping ---
 
     def request_stop(self, number: int, _frame: Any) -> None:
-        """Handle a signal: stop after this step. A second signal has its usual effect."""
+        """Handle a signal: stop after this step. A second signal has its usual effect; but a second SIGHUP, which a
+        shell and the system both send, is ignored."""
         self.signal = number
-        text = "stopping after this step and saving a checkpoint; press Ctrl-C again to stop now"
-        print(f"\n{text}", file=sys.stderr, flush=True)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        if HANGUP:
+            signal.signal(HANGUP, signal.SIG_IGN)
+        if number == HANGUP:
+            discard_output()
+        text = "stopping after this step and saving a checkpoint; press Ctrl-C again to stop now"
+        print(f"\n{text}", file=sys.stderr, flush=True)
 
     def should_stop(self) -> bool:
-        """After SIGINT or SIGTERM, or when --max_minutes have passed."""
+        """After SIGINT, SIGTERM or SIGHUP, or when --max_minutes have passed."""
         return self.signal is not None or time.monotonic() >= self.deadline
 
     def finish(self) -> int:
@@ -217,6 +237,27 @@ class Run:
             self.progress.evaluation(self.step, metrics)
 
 
+def discard_output() -> None:
+    """Send output to nowhere unless it goes to a file: writing to a closed terminal, or to a pipe whose reader has
+    ended, would raise an exception."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # one that is closed
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def schedule_note(config: Config, total_steps: int) -> str:
+    """A line for a run that was made longer on resuming, whose learning rate has decayed to 0 by then; else empty."""
+    if config.max_steps <= total_steps or config.lr_scheduler_type == "constant":
+        return ""
+    return (
+        f"note: the learning rate decays to 0 at step {total_steps}, which was the length of the run when it began; it "
+        f"stays 0 up to step {config.max_steps}, so these steps change no weight"
+    )
+
+
 def due(every: int, step: int, previous: int) -> bool:
     """Is a multiple of `every` in (previous, step]? Never for 0."""
     return every > 0 and step // every > previous // every
@@ -246,6 +287,47 @@ def refuse_other_flags(began: dict, now: dict) -> None:
             raise RunFolderError(
                 f"--{name} was {before} when the run began and is {value} now: resume with the same flags"
             )
+
+
+def refuse_other_inputs(began: dict, now: dict) -> None:
+    """Refuse, by flag, a model or data that were replaced since the run began. A fingerprint that either side lacks
+    cannot be compared."""
+    for flag, after in now["fingerprints"].items():
+        before = began.get("fingerprints", {}).get(flag)
+        if before is None or after is None or before == after:
+            continue
+        what = f"{before} then, {after} now"
+        if isinstance(before, dict) and isinstance(after, dict):
+            what = ", ".join(name for name in sorted(before | after) if before.get(name) != after.get(name))
+        raise RunFolderError(
+            f"--{flag} {now['flags'][flag]} is not what the run began with ({what}): bring the original back, or start "
+            "again with --overwrite_output_dir"
+        )
+
+
+def fingerprints(config: Config, llm: LLM | None, train_set: Dataset, test_set: Dataset) -> dict[str, Any]:
+    """What tells whether the inputs of a run were replaced, by the flag that names them: the files of a model's folder
+    or its commit on the hub, and the examples of a task that reads files."""
+    found: dict[str, Any] = {}
+    if llm is not None:
+        commit = getattr(llm.model.config, "_commit_hash", None)
+        found["model_path"] = fingerprint(llm.name) if Path(llm.name).is_dir() else commit
+    if test_set.reads_files:
+        flag = "dataset_path" if config.dataset_path else "dataset_name"
+        found[flag] = {split.split: [len(split), check_sum(split)] for split in (train_set, test_set)}
+    return found
+
+
+def check_sum(dataset: Dataset) -> int:
+    """CRC-32 of the questions, pictures and answers: of up to 100,000 examples, or 64 with pictures, which are slow to
+    read; evenly spread over the dataset if it has more."""
+    crc, most = 0, 64 if dataset.modality == "vision" else 100_000
+    for index in range(0, len(dataset), math.ceil(len(dataset) / most)):
+        example = dataset[index]
+        crc = zlib.crc32(json.dumps([example.messages[1:], example.answer]).encode(), crc)
+        for picture in example.images:
+            crc = zlib.crc32(picture.tobytes(), crc)
+    return crc
 
 
 def describe_run(config: Config, llm: LLM, evaluator: RewardEvaluator) -> dict:
