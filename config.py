@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import json
 import math
+import os
+import re
 import sys
+import tomllib
 import typing
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from progress import did_you_mean
 from rldatasets import DATASETS, dataset_options, parse_option
-from tiny_models import RECIPES
+from tiny_models import MAX_CONTEXT, RECIPES
+
+PROJECT = Path(__file__).with_name("pyproject.toml")
+LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # torchrun and accelerate, Open MPI, MPICH
 
 
 def flag(
@@ -28,13 +37,14 @@ def flag(
     least: float | None = None,
     most: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] | None = None,
     section: str | None = None,
     **more: Any,
 ) -> Any:
-    """A field that becomes a command-line flag: numbers within [least, most] or over `above`; `section` starts a new
-    group of flags in --help; `more` goes to argparse."""
-    bounds = {"least": least, "most": most, "above": above}
+    """A field that becomes a command-line flag: numbers within [least, most], and over `above` and under `below`;
+    `section` starts a new group of flags in --help; `more` goes to argparse."""
+    bounds = {"least": least, "most": most, "above": above, "below": below}
     return dataclasses.field(
         default=default, metadata={"help": text, "choices": choices, "section": section, "bounds": bounds, "more": more}
     )
@@ -109,10 +119,14 @@ class Config:
     chat_template_kwargs: dict = flag(
         None, "keywords for the model's chat template: enable_thinking=false", nargs="*", metavar="KEY=VALUE"
     )
-    train_size: int | None = flag(None, "number of training examples (default: the task's)", least=1)
-    eval_size: int | None = flag(None, "number of test examples, always the first ones (default: the task's)", least=1)
+    train_size: int | None = flag(None, "number of training examples (default: the task's)", 1, 100_000_000)
+    eval_size: int | None = flag(
+        None, "number of test examples, always the first ones (default: the task's)", 1, 100_000_000
+    )
 
-    num_train_epochs: float = flag(1.0, "passes over the training examples", above=0, section="Duration and logging")
+    num_train_epochs: float = flag(
+        1.0, "passes over the training examples", above=0, most=1_000_000, section="Duration and logging"
+    )
     max_steps: int = flag(None, "number of optimizer steps; overrides --num_train_epochs", least=1)
     eval_steps: int = flag(100, "evaluate every N steps, and before and after training (0: only before and after)", 0)
     save_steps: int = flag(100, "save a checkpoint every N steps, and at the end (0: only at the end)", 0)
@@ -125,7 +139,7 @@ class Config:
     num_generations: int = flag(16, "G: completions per prompt, compared with each other", 2)
     max_prompt_length: int = flag(512, "skip prompts with more tokens than this, pictures included", 1)
     max_completion_length: int = flag(786, "cut completions off after this many tokens", 1)
-    temperature: float = flag(1.0, "temperature of sampling and of the trained log-probabilities", above=0)
+    temperature: float = flag(1.0, "temperature of sampling and of the trained log-probabilities", 0.01, 100)
     eval_batch_size: int = flag(64, "prompts evaluated at once", 1)
     eval_samples: int = flag(1, "also sample K answers to each test question, for pass@K and majority@K", 1)
 
@@ -146,14 +160,14 @@ class Config:
     ref_model_mixup_alpha: float = flag(0.6, "α of such an update: reference = α·model + (1 − α)·reference", 0, 1)
     shuffle_rewards: bool = flag(False, "a control that must not learn: shuffle the rewards among the completions")
 
-    learning_rate: float = flag(1e-6, "learning rate after the warm-up", 0, section="Optimizer (AdamW)")
+    learning_rate: float = flag(1e-6, "learning rate after the warm-up", 0, 1, section="Optimizer (AdamW)")
     lr_scheduler_type: str = flag(
         "constant", "course of the learning rate after the warm-up", choices=("constant", "linear", "cosine")
     )
     warmup_ratio: float = flag(0.05, "share of the steps over which the learning rate grows from 0", 0, 1)
     weight_decay: float = flag(0.0, "decoupled weight decay", 0)
-    adam_beta1: float = flag(0.9, "decay rate of the mean of the gradients", 0, 1)
-    adam_beta2: float = flag(0.99, "decay rate of the mean of the squared gradients", 0, 1)
+    adam_beta1: float = flag(0.9, "decay rate of the mean of the gradients", 0, below=1)
+    adam_beta2: float = flag(0.99, "decay rate of the mean of the squared gradients", 0, below=1)
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm (0: do not clip)", 0)
     max_skipped_steps: int = flag(5, "stop after N steps in a row whose gradient is not finite", 1)
 
@@ -171,7 +185,7 @@ class Config:
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     device: str | None = flag(None, "cuda, mps or cpu (default: the first available)")
-    seed: int = flag(0, "seed of the order of the data and of sampling", 0)
+    seed: int = flag(0, "seed of the order of the data and of sampling", 0, 2**32 - 1)
 
     resume: str | None = flag(
         None,
@@ -223,6 +237,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
         parser.error("--resume continues a run, --overwrite_output_dir deletes it: use only one")
     if given["sync_ref_model"] and not given["objective"].beta:
         parser.error("--sync_ref_model needs a reference model, which is loaded only with --beta above 0")
+    refuse_launchers(parser)
+    refuse_old_packages(parser)
+    refuse_short_context(parser, given)
     return Config(**given, argv=tuple(argv))
 
 
@@ -253,7 +270,58 @@ def key_values(parser: Parser, name: str, given: dict[str, Any]) -> dict[str, An
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What else is refused before torch is imported
+
+
+def refuse_launchers(parser: Parser) -> None:
+    """Several processes would train the same model in the same folder."""
+    for name in LAUNCHERS:
+        if (size := os.environ.get(name, "")).isdigit() and int(size) > 1:
+            parser.error(f"a launcher started {size} processes ({name}={size}), but a run is one process: use python")
+
+
+def refuse_old_packages(parser: Parser) -> None:
+    """Compare installed packages with the minimum versions in pyproject.toml, which old ones fail in obscure ways."""
+    if not PROJECT.is_file():
+        return
+    for requirement in tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]:
+        package, _, least = requirement.partition(">=")
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # importing it will say so
+        if release(found) < release(least):
+            parser.error(f"{package} {found} is too old: {package} >= {least} is needed; install it with `uv sync`")
+
+
+def release(version: str) -> list[int]:
+    """[2, 11, 0] of "2.11.0+cu128"."""
+    return [int(part) for part in re.findall(r"^[\d.]*", version)[0].split(".") if part]
+
+
+def refuse_short_context(parser: Parser, given: dict[str, Any]) -> None:
+    """Compare the longest sequence with the context of a tiny model, or of a model in a local folder; that of a model
+    on the hub is known when it is loaded."""
+    context: Any = MAX_CONTEXT
+    if given["model_path"] != "tiny":
+        try:
+            model = json.loads((Path(given["model_path"]) / "config.json").read_text(encoding="utf-8"))
+            context = {**model, **(model.get("text_config") or {})}.get("max_position_embeddings")
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # loading it will say more
+            return
+    longest = given["max_prompt_length"] + given["max_completion_length"]
+    if isinstance(context, int) and longest > context:
+        parser.error(
+            f"{given['model_path']} can read {context} tokens, fewer than --max_prompt_length "
+            f"{given['max_prompt_length']} + --max_completion_length {given['max_completion_length']}: lower one"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From fields to argparse
+
+
+type_hints = functools.cache(typing.get_type_hints)  # slow: it evaluates every annotation of a class
 
 
 class Parser(argparse.ArgumentParser):
@@ -325,21 +393,25 @@ def help_text(owner: type, field: dataclasses.Field) -> str:
 
 def kind_of(owner: type, field: dataclasses.Field) -> type:
     """int, float, bool or str: the type of a field without its None."""
-    hint = typing.get_type_hints(owner)[field.name]
+    hint = type_hints(owner)[field.name]
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
     return kinds[0]
 
 
-def bounded(kind: type, least: float | None, most: float | None, above: float | None) -> Callable[[str], float]:
+def bounded(
+    kind: type, least: float | None, most: float | None, above: float | None, below: float | None
+) -> Callable[[str], float]:
     """A parser of finite numbers within bounds; its error message names them."""
-    wanted = [f"at least {least:g}"] if least is not None else []
-    wanted += [f"at most {most:g}"] if most is not None else []
-    wanted += [f"above {above:g}"] if above is not None else []
+    if kind is int and most is None:
+        most = 2**31 - 1
+    names = {"at least": least, "at most": most, "above": above, "below": below}
+    wanted = [f"{name} {bound:,}" for name, bound in names.items() if bound is not None]
 
     def parse(text: str) -> float:
         value = kind(text)
         inside = (least is None or value >= least) and (most is None or value <= most)
-        if not (inside and (above is None or value > above) and math.isfinite(value)):
+        inside = inside and (above is None or value > above) and (below is None or value < below)
+        if not (inside and math.isfinite(value)):  # a comparison with NaN is False
             raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted) or 'a finite number'}, not {text}")
         return value
 
