@@ -80,6 +80,11 @@ def pause(folder: Path, step: int) -> None:
     at_step(step, lambda: wait_here(folder))
 
 
+def pause_under_nohup(folder: Path, step: int) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    pause(folder, step)
+
+
 def pause_while_saving(folder: Path, step: int) -> None:
     """Wait in the middle of a checkpoint: the weights are written, the trainer's state is not."""
     from llms import LLM
@@ -230,6 +235,7 @@ def run_main(argv: list[str], output: str, fault: list) -> int:
         for descriptor in descriptors:
             os.dup2(opened, descriptor)
         os.close(opened)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup pytest would ignore
     if fault:
         name, folder, *rest = fault
         globals()[name](Path(folder), *rest)
@@ -508,14 +514,14 @@ def test_the_plotter_draws_a_killed_run(server, folder):
 # Stopped
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_stops_after_the_step(server, whole, folder, number, status):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_after_the_step(server, whole, folder, number):
     child = server.start(folder, "--overwrite_output_dir", fault=(pause, 5))
     child.until(child.paused.exists)
     child.send(number)
     child.until(lambda: "Ctrl-C" in child.output())
     child.paused.unlink()
-    assert child.wait() == status
+    assert child.wait() == 128 + number
     assert newest(folder) == "step_000005" and records(folder) == whole.outcome["records"][:5]
     command = re.search(rf"step 5 of {STEPS}.*{COMMAND} (.* --resume)", child.output())[1]
     assert "--overwrite_output_dir" not in command
@@ -524,7 +530,7 @@ def test_a_signal_stops_after_the_step(server, whole, folder, number, status):
     assert outcome(folder) == whole.outcome
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_stops_at_once(server, folder, resumes, number):
     child = server.start(folder, fault=(pause, 5))
     child.until(child.paused.exists)
@@ -534,6 +540,36 @@ def test_a_second_signal_stops_at_once(server, folder, resumes, number):
     assert child.wait() == -number  # a shell says 128 + number
     assert newest(folder) == "step_000003"
     resumes()
+
+
+def test_a_closed_terminal_stops_with_a_checkpoint(server, folder, resumes):
+    """Whatever is written to the terminal from then on raises an exception; a shell may send the signal twice."""
+    leader, follower = pty.openpty()
+    child = server.start(folder, fault=(pause, 5), terminal=os.ttyname(follower))
+    child.until(child.paused.exists)
+    os.close(follower)
+    os.close(leader)
+    child.send(signal.SIGHUP)
+    child.until(lambda: signal.SIGHUP in ignored_signals(child))
+    child.send(signal.SIGHUP)
+    child.paused.unlink()
+    assert child.wait() == 128 + signal.SIGHUP
+    assert newest(folder) == "step_000005"
+    resumes()
+
+
+def test_nohup_keeps_a_run_alive(server, whole, folder):
+    child = server.start(folder, fault=(pause_under_nohup, 5))
+    child.until(child.paused.exists)
+    child.send(signal.SIGHUP)
+    child.paused.unlink()
+    assert child.wait() == 0 and outcome(folder) == whole.outcome
+
+
+def ignored_signals(child: "Child") -> set[int]:
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    mask = int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16)
+    return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
 
 
 def test_an_interrupt_while_loading_writes_nothing(server, folder):
