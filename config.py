@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -300,20 +299,12 @@ def release(version: str) -> list[int]:
 
 
 def refuse_short_context(parser: Parser, given: dict[str, Any]) -> None:
-    """Compare the longest sequence with the context of a tiny model, or of a model in a local folder; that of a model
-    on the hub is known when it is loaded."""
-    context: Any = MAX_CONTEXT
-    if given["model_path"] != "tiny":
-        try:
-            model = json.loads((Path(given["model_path"]) / "config.json").read_text(encoding="utf-8"))
-            context = {**model, **(model.get("text_config") or {})}.get("max_position_embeddings")
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # loading it will say more
-            return
-    longest = given["max_prompt_length"] + given["max_completion_length"]
-    if isinstance(context, int) and longest > context:
+    """The context of a tiny model is known before its warm-up; those of other models when they are loaded."""
+    prompt, completion = given["max_prompt_length"], given["max_completion_length"]
+    if given["model_path"] == "tiny" and prompt + completion > MAX_CONTEXT:
         parser.error(
-            f"{given['model_path']} can read {context} tokens, fewer than --max_prompt_length "
-            f"{given['max_prompt_length']} + --max_completion_length {given['max_completion_length']}: lower one"
+            f"tiny models can read {MAX_CONTEXT} tokens, fewer than --max_prompt_length {prompt} "
+            f"+ --max_completion_length {completion}: lower one of them"
         )
 
 

@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,11 +146,15 @@ def load_llm(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    check: Callable[[Any, str], object] | None = None,
 ) -> LLM:
     """Load a text or vision-language model from the hub or a local folder: safetensors only, no remote code.
 
     A few tokens are computed in several ways (model_checks.py), so that a model which layers.py or the
     log-probabilities would compute wrongly is found here.
+
+    Args:
+        check: called with the model's config and name before the weights are loaded.
 
     Raises:
         ModelError: the model is not there, is incomplete, needs a token or remote code, or is one that this code cannot
@@ -169,6 +174,8 @@ def load_llm(
     with readable_errors(name):
         config = AutoConfig.from_pretrained(model_path, **hub)
         is_vision = refuse_unknown_architecture(config, name)
+        if check:
+            check(config, name)
         auto_class: Any = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
         how = {"dtype": kind, "attn_implementation": attention, "use_safetensors": True, "output_loading_info": True}
         model, loaded = auto_class.from_pretrained(model_path, **how, **hub)
@@ -298,23 +305,32 @@ def quiet_transformers() -> None:
     hub_logging.set_verbosity_error()
 
 
+def refuse_unfit_config(config: Config, test_set: Dataset, model_config: Any, name: str) -> None:
+    """Refuse, from its config, a model that cannot do the task.
+
+    Raises:
+        ModelError: a task with pictures for a text model; prompts and completions longer than the model's context.
+    """
+    if test_set.modality == "vision" and getattr(model_config, "vision_config", None) is None:
+        raise ModelError(
+            f"the task {test_set.name!r} shows pictures and {name} reads text only: choose a vision-language model "
+            "such as Qwen/Qwen2.5-VL-3B-Instruct, or --model_path tiny"
+        )
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if context and config.max_prompt_length + config.max_completion_length > context:
+        raise ModelError(
+            f"{name} can read {context} tokens, fewer than --max_prompt_length {config.max_prompt_length} "
+            f"+ --max_completion_length {config.max_completion_length}: lower one of them"
+        )
+
+
 def refuse_unfit_model(config: Config, llm: LLM, test_set: Dataset) -> None:
     """Refuse a task that the model cannot do.
 
     Raises:
-        ModelError: a task with pictures for a text model; prompts and completions longer than the model's context; a
-            test set without a prompt of at most --max_prompt_length tokens.
+        ModelError: as `refuse_unfit_config`; or a test set without a prompt of at most --max_prompt_length tokens.
     """
-    if test_set.modality == "vision" and not llm.is_vision:
-        raise ModelError(
-            f"the task {test_set.name!r} shows pictures and {llm.name} reads text only: choose a vision-language model "
-            "such as Qwen/Qwen2.5-VL-3B-Instruct, or --model_path tiny"
-        )
-    if config.max_prompt_length + config.max_completion_length > llm.max_context:
-        raise ModelError(
-            f"{llm.name} can read {llm.max_context} tokens, fewer than --max_prompt_length {config.max_prompt_length} "
-            f"+ --max_completion_length {config.max_completion_length}: lower one of them"
-        )
+    refuse_unfit_config(config, test_set, llm.model.config, llm.name)
     lengths = (encode_prompts(llm, [test_set[i]]).lengths[0] for i in range(len(test_set)))
     if all(length > config.max_prompt_length for length in lengths):
         raise ModelError(f"all test prompts are longer than --max_prompt_length {config.max_prompt_length}: raise it")

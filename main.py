@@ -19,6 +19,7 @@ prompt i // G), b rows of a micro-batch, T completion tokens (right-padded), K r
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from batch import Batch, evaluation_metrics
 from evaluator import Completion, RewardEvaluator, get_evaluator
-from llms import LLM, load_llm, recompute_activations, refuse_unfit_model
+from llms import LLM, load_llm, recompute_activations, refuse_unfit_config, refuse_unfit_model
 from logprobs import masked_mean, reference_logps, token_logps_and_entropy
 from optimizer import MasterAdamW, sync_reference
 from prompts import encode_prompts
@@ -369,16 +370,14 @@ def set_up_and_train(config: Config) -> int:
     """Load model and task, refuse what cannot work before anything is written, train. Returns the exit status."""
     evaluator = get_evaluator(config.dataset_name)
     with Run(config, evaluator) as run:
-        loader, test_set = get_dataloaders(  # before the model, which is slower: bad data are refused at once
+        data = (config.dataset_path, config.dataset_options)
+        loader, test_set = get_dataloaders(  # before the model, which takes longer: bad data are refused at once
             *(config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed),
-            *(config.dataset_path, config.dataset_options),
-            encode=lambda examples: encode_prompts(llm, examples),
-            max_prompt_length=config.max_prompt_length,
+            *(*data, lambda examples: encode_prompts(llm, examples), config.max_prompt_length),
         )
-        model_path = config.model_path
-        if model_path == "tiny":
-            model_path = str(tiny_model(config.dataset_name, config.dataset_path, config.dataset_options))
-        how = (config.device, config.dtype, config.attn_implementation, config.chat_template_kwargs)
+        model_path = str(tiny_model(config.dataset_name, *data)) if config.model_path == "tiny" else config.model_path
+        how: tuple = (config.device, config.dtype, config.attn_implementation, config.chat_template_kwargs)
+        how += (functools.partial(refuse_unfit_config, config, test_set),)
         llm: LLM = load_llm(run.checkpoint or model_path, *how)
         refuse_unfit_model(config, llm, test_set)
         if config.gradient_checkpointing:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import config
+import llms
 import main
 import optimizer
 import run
@@ -26,6 +27,7 @@ from evaluator import EVALUATORS
 from progress import explanations
 from rollout import Sampler
 from run_folder import RunFolderError
+from tiny_models import MAX_CONTEXT
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -243,17 +245,21 @@ def test_bad_data_are_refused_before_the_model(tmp_path, monkeypatch, capsys, fl
     assert not (tmp_path / "run").exists()
 
 
-def test_too_long_completions_are_refused_from_the_flags(tmp_path, capsys):
-    """Before a warm-up of minutes, or the loading of weights."""
-    long = "--max_completion_length 10000000"
-    assert "2048" in refusal(capsys, f"--model_path tiny --dataset_name clock {long}")
-    for settings in ({"max_position_embeddings": 512}, {"text_config": {"max_position_embeddings": 512}}):
-        (tmp_path / "config.json").write_text(json.dumps(settings))
-        assert "512" in refusal(capsys, f"--model_path {tmp_path} {long}")
-        parse_args(shlex.split(f"--model_path {tmp_path} --max_prompt_length 256 --max_completion_length 256"))
-    for text in ("{", "[]", "{}", '{"text_config": 3}', '{"max_position_embeddings": "many"}'):
-        (tmp_path / "config.json").write_text(text)
-        parse_args(shlex.split(f"--model_path {tmp_path} {long}"))  # whether it can be loaded is found out later
+def test_too_long_completions_are_refused_before_a_warm_up(capsys):
+    line = refusal(capsys, "--model_path tiny --dataset_name clock --max_completion_length 10000000")
+    assert "--max_completion_length 10000000" in line and str(MAX_CONTEXT) in line
+
+
+@pytest.mark.parametrize(
+    "flags, named", [("--max_completion_length 10000000", "512"), ("--dataset_name clock --dataset_options", "clock")]
+)
+def test_an_unfit_model_is_refused_before_its_weights(train, monkeypatch, tmp_path, capsys, flags, named):
+    """The weights of a hub model take minutes to download; its config says what it can read."""
+    for kind in (llms.AutoModelForCausalLM, llms.AutoModelForImageTextToText):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *_, **how: pytest.fail("the weights came first"))
+    assert train(flags) == 2
+    assert named in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
