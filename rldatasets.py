@@ -320,7 +320,13 @@ class ArithmeticDataset(WordProblems):
 # Finding a task
 # ---------------------------------------------------------------------------------------------------------------------
 DATASETS: dict[str, type[Dataset]] = {
-    dataset.name: dataset for dataset in (GSM8KDataset, ClockDataset, CorrelationDataset, ArithmeticDataset)
+    dataset.name: dataset
+    for dataset in (
+        GSM8KDataset,
+        ClockDataset,
+        CorrelationDataset,
+        ArithmeticDataset,
+    )
 }
 
 
