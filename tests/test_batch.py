@@ -1,13 +1,11 @@
-"""Batches: groups of scored completions, the columns of a record, metrics of an evaluation, and micro-batches."""
+"""Batches: groups of scored completions, the columns of a record, and the metrics of an evaluation."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from batch import Batch, evaluation_metrics, named_means
 from evaluator import asked_format, get_evaluator
-from llms import Prompts
+from prompts import Prompts
 from rldatasets import Example
 from rollout import Rollout
 
@@ -139,32 +137,3 @@ def test_metrics_of_an_evaluation_are_over_all_batches():
     rewards = torch.cat([batch.rewards for batch in batches])
     assert metrics["avg_reward"] == pytest.approx(float(rewards.sum()) / 3)
     assert "pass@2" not in evaluation_metrics(EVALUATOR, batches, [])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Micro-batches
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=24),
-    group_size=st.integers(1, 5),
-    prompt_length=st.integers(1, 40),
-    budget=st.integers(1, 600),
-)
-@settings(max_examples=100, deadline=None)
-def test_micro_batches_are_a_partition_within_the_budget(lengths, group_size, prompt_length, budget):
-    lengths = lengths * group_size  # B = Q·G
-    rollout = rollout_of(lengths, [True] * len(lengths), group_size, prompt_length)
-    owners = rollout.prompt_of_row
-    micro_batches = rollout.micro_batches(budget)
-    assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
-    assert all(micro_batches)
-
-    def cost(rows):
-        return len(rows) * max(lengths[row] for row in rows) + prompt_length * len({owners[row] for row in rows})
-
-    assert all(cost(rows) <= budget or len(rows) == 1 for rows in micro_batches)
-    for group in set(owners):
-        rows = [row for row in range(len(lengths)) if owners[row] == group]
-        homes = [part for part in micro_batches if set(part) & set(rows)]
-        assert len(homes) == 1 or cost(rows) > budget  # a group that fits stays together and shares its prompt

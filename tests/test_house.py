@@ -2,15 +2,17 @@
 
 import ast
 import re
-import sys
 
 import pytest
-from runs import ROOT, python
+from runs import ROOT
 
 from rldatasets import DATASETS
 
-TYPED = ("main", "config", "evaluator", "rldatasets", "rollout", "logprobs", "optimizer", "run", "batch", "progress")
-WITHOUT_TASKS = ("main", "llms", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers")
+TYPED = (
+    *("main", "config", "evaluator", "rldatasets", "rollout", "prompts", "logprobs", "optimizer", "run", "batch"),
+    *("progress", "model_checks"),
+)
+WITHOUT_TASKS = ("main", "llms", "prompts", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers")
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -75,21 +77,13 @@ def test_no_task_is_named_outside_its_rooms(room):
     assert not words_of_the_code((ROOT / f"{room}.py").read_text()) & {*DATASETS}
 
 
-@pytest.mark.slow
-def test_importing_main_changes_no_setting():
-    """llms flushed denormal numbers to zero and changed malloc as soon as it was imported; load_llm does so now."""
-    program = (
-        "import ctypes, signal, torch\n"
-        "library, opened = ctypes.CDLL, []\n"
-        "ctypes.CDLL = lambda *args, **options: opened.append(args) or library(*args, **options)\n"
-        "def settings(): return signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.random.initial_seed()\n"
-        "def found(): return bool((torch.tensor([1e-40]) * 0.5 > 0).all()), (None,) in opened\n"  # None: this process
-        "before = settings()\n"
-        "import llms, main\n"
-        "print(found(), settings() == before)\n"
-        "llms.tune_cpu()\n"
-        "print(found())"
-    )
-    done, _ = python("-c", program)
-    # Denormal numbers are not zero, malloc was not called; afterwards they are, and on Linux it was.
-    assert done.stdout == f"(True, False) True\n(False, {sys.platform == 'linux'})\n", done.stderr
+@pytest.mark.parametrize("room", [path.stem for path in sorted(ROOT.glob("*.py"))])
+def test_importing_a_room_only_defines(room):
+    """llms.py changed how torch and malloc work as soon as it was imported."""
+    tree = ast.parse((ROOT / f"{room}.py").read_text())
+    defines = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.ClassDef, *FUNCTION)
+    conditional = (ast.If, ast.Try)  # `if __name__ == "__main__"`, `if TYPE_CHECKING`, an import that may fail
+    others = [ast.unparse(node) for node in tree.body[1:] if not isinstance(node, (*defines, *conditional))]
+    assert ast.get_docstring(tree) and others == []
+    tests = {ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)}
+    assert tests <= {"TYPE_CHECKING", "__name__ == '__main__'"}

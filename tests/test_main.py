@@ -17,9 +17,10 @@ from small_models import cut, questions, small_config
 import main
 from config import OBJECTIVES, Objective
 from evaluator import get_evaluator
-from llms import encode_prompts, load_llm, recompute_activations
+from llms import load_llm, recompute_activations
 from logprobs import token_logps
 from main import evaluate, grpo_loss, loss_divisor, replace_equal_groups, sample_and_score
+from prompts import encode_prompts
 from rldatasets import get_dataloaders
 from rollout import Decoder, FusedDecoder, Sampler
 
@@ -409,36 +410,6 @@ def test_long_prompts_are_skipped_and_counted_never_cut(small_run, task_models):
     assert seen and seen <= kept
 
 
-def loader_of(llm, prompts_per_step=3, size=10):
-    encode = functools.partial(encode_prompts, llm)
-    return get_dataloaders("arithmetic", prompts_per_step, size, 4, seed=1, encode=encode)[0]
-
-
-def test_a_prefetched_batch_does_not_count_as_seen(load):
-    """A run resumed from `state_dict` must get the batch that was being prepared, not the one after it."""
-    llm = load("qwen2")
-
-    def ids(batch):
-        return [example.id for example in batch[0]]
-
-    with contextlib.closing(loader_of(llm)) as straight:
-        order = [ids(next(straight)) for _ in range(7)]
-    for seen in range(6):
-        with contextlib.closing(loader_of(llm)) as first, contextlib.closing(loader_of(llm)) as second:
-            for _ in range(seen):
-                next(first)
-            second.load_state_dict(first.state_dict())
-            assert ids(next(second)) == order[seen]
-            assert second.epoch == pytest.approx(0.3 * (seen + 1))
-
-
-def test_batches_bring_their_encoded_prompts(load):
-    llm = load("qwen2")
-    with contextlib.closing(loader_of(llm)) as loader:
-        examples, prompts = next(loader)
-    assert torch.equal(prompts.ids, encode_prompts(llm, examples).ids)
-
-
 def problem(answer="12 - 5 = 7\n#### 7") -> str:
     return json.dumps({"question": "Ann has 12 eggs and eats 5. How many are left?", "answer": answer}) + "\n"
 
@@ -502,7 +473,9 @@ def collected(llm, *flags):
             handed_out.extend(examples)
             yield examples, prompts
 
-    with contextlib.closing(loader_of(llm, 2, 30)) as loader:
+    encode = functools.partial(encode_prompts, llm)
+    loader, _ = get_dataloaders("arithmetic", 2, 30, 4, seed=1, encode=encode)
+    with contextlib.closing(loader):
         recorded = batches(loader)
         first, record = sample_and_score(config, sampler, recorded, evaluator, run)
         batch, changes = replace_equal_groups(config, first, sampler, recorded, evaluator, run)
