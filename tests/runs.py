@@ -1,5 +1,6 @@
 """Small runs of main.py for the tests: their flags, fixtures that start them, and readers of what they leave."""
 
+import contextlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from small_models import TASK_OPTIONS
 
+HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--device cpu --prompts_per_step 2 --num_generations 4 --max_prompt_length 160 --max_completion_length 16 "
 SMALL += "--train_size 24 --eval_size 5 --eval_batch_size 3 --max_steps 4 --eval_steps 2 --save_steps 2 "
@@ -30,16 +32,13 @@ def small_run(task_models, tmp_path):
     """-> a function that runs main with small flags, of which later ones win, and returns the run folder."""
     import main  # imports torch and transformers, which takes seconds
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def small_run(task, *flags, name="run", status=0):
         flags = [part for flag in flags for part in flag.split()]
         assert main.main([*small_flags(task, task_models[task], tmp_path / name), *flags]) == status
         return tmp_path / name
 
-    yield small_run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with handlers_restored():
+        yield small_run
 
 
 @pytest.fixture
@@ -55,6 +54,17 @@ def refused(tmp_path, capsys, task_models):
         return one_line(capsys.readouterr().err)
 
     return refused
+
+
+@contextlib.contextmanager
+def handlers_restored():
+    """Restore the handlers of the signals for which a run installs its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def one_line(error: str) -> str:

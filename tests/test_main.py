@@ -20,6 +20,7 @@ from evaluator import get_evaluator
 from llms import load_llm, recompute_activations
 from logprobs import token_logps
 from main import evaluate, grpo_loss, loss_divisor, replace_equal_groups, sample_and_score
+from optimizer import MasterAdamW
 from prompts import encode_prompts
 from rldatasets import get_dataloaders
 from rollout import Decoder, FusedDecoder, Sampler
@@ -673,8 +674,17 @@ def test_nan_losses_are_skipped_and_several_stop_the_run(small_run, monkeypatch,
         assert names(folder / "checkpoints") == ["step_000001"]  # the weights from before the first NaN
 
 
-def test_broken_weights_stop_the_run_with_advice(small_run, capsys):
-    """At this rate the first update makes every logit NaN, from which nothing can be sampled."""
-    folder = small_run("arithmetic", "--learning_rate 1e20 --max_steps 20 --eval_steps 0", status=2)
+def test_broken_weights_stop_the_run_with_advice(small_run, monkeypatch, capsys):
+    """The first update makes every weight NaN, so that nothing can be sampled."""
+    copy_to_model = MasterAdamW.copy_to_model
+
+    def broken(optimizer):
+        copy_to_model(optimizer)
+        for weight in optimizer.parameters:
+            weight.data.fill_(math.nan)
+
+    monkeypatch.setattr(MasterAdamW, "copy_to_model", broken)
+    folder = small_run("arithmetic", "--max_steps 20 --eval_steps 0", status=2)
     assert [record["skipped_steps"] for record in records(folder)] == [0, 1, 2, 3, 4, 5]
     assert "--learning_rate" in one_line(capsys.readouterr().err)
+    assert not (folder / "checkpoints").exists()

@@ -30,16 +30,17 @@ def optimizer_of(model: torch.nn.Module, flags: str = "", steps: int = 100) -> M
 
 
 def rates(kind: str, steps: int = 10, warmup: float = 0.3) -> list[float]:
-    config = small_config(f"--learning_rate 2 --warmup_ratio {warmup} --lr_scheduler_type {kind}")
-    return [learning_rate(step, steps, config) for step in range(1, steps + 1)]
+    """The rates of all steps, as shares of the highest."""
+    config = small_config(f"--learning_rate 0.5 --warmup_ratio {warmup} --lr_scheduler_type {kind}")
+    return [learning_rate(step, steps, config) / 0.5 for step in range(1, steps + 1)]
 
 
 def test_learning_rate_follows_its_schedule():
-    rising = [2 / 3, 4 / 3, 2]
-    assert rates("constant") == pytest.approx(rising + [2] * 7)
-    assert rates("linear") == pytest.approx(rising + [2 * (1 - n / 7) for n in range(7)])
-    assert rates("cosine") == pytest.approx(rising + [1 + math.cos(math.pi * n / 7) for n in range(7)])
-    assert rates("constant", warmup=0) == [2] * 10
+    rising = [1 / 3, 2 / 3, 1]
+    assert rates("constant") == pytest.approx(rising + [1] * 7)
+    assert rates("linear") == pytest.approx(rising + [1 - n / 7 for n in range(7)])
+    assert rates("cosine") == pytest.approx(rising + [(1 + math.cos(math.pi * n / 7)) / 2 for n in range(7)])
+    assert rates("constant", warmup=0) == [1] * 10
 
 
 @given(
@@ -51,7 +52,7 @@ def test_learning_rate_follows_its_schedule():
 def test_every_step_has_a_positive_rate(kind, steps, warmup):
     """The first step of a short run, or the last one, must not be without effect."""
     found = rates(kind, steps, warmup)
-    assert all(0 < rate <= 2 for rate in found) and max(found) == pytest.approx(2)
+    assert all(0 < rate <= 1 for rate in found) and max(found) == pytest.approx(1)
 
 
 def test_steps_use_the_rates_of_the_schedule():

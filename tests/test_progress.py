@@ -5,7 +5,6 @@ import re
 import types
 
 import pytest
-from runs import python
 from small_models import small_config
 
 import progress
@@ -198,10 +197,3 @@ def test_summary_names_scores_time_and_places():
         assert part in text
     assert text.endswith("plotter.py --output_dir 'runs/my run'")
     assert "chance" not in summary_lines(config, dataclasses.replace(HEADLINE, chance=None), evals, [], "step_000040")
-
-
-@pytest.mark.parametrize("started_by, command", [({}, "python"), ({"UV_RUN_RECURSION_DEPTH": "1"}, "uv run")])
-def test_commands_begin_as_this_one_did(monkeypatch, started_by, command):
-    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)  # these tests may run in `uv run` too
-    done, _ = python("-c", "import progress; print(progress.PYTHON)", **started_by)
-    assert done.stdout == f"{command}\n", done.stderr
