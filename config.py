@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -239,6 +240,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     refuse_launchers(parser)
     refuse_old_packages(parser)
     refuse_short_context(parser, given)
+    if given["attn_implementation"] == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        parser.error("--attn_implementation flash_attention_2 needs the package flash-attn, which is not installed")
     return Config(**given, argv=tuple(argv))
 
 

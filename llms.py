@@ -112,14 +112,14 @@ class LLM:
         return mask
 
 
-def pick_device(device: str | None = None) -> torch.device:
+def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The asked device, else cuda, else mps, else cpu. Raises ModelError when the asked one is not there."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(device)
 
 
@@ -142,7 +142,7 @@ def pick_attention(attn_implementation: str | None, device: torch.device, dtype:
 
 def load_llm(
     model_path: str | os.PathLike,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,

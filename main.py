@@ -35,7 +35,7 @@ from torch import Tensor
 
 from batch import Batch, evaluation_metrics
 from evaluator import Completion, RewardEvaluator, get_evaluator
-from llms import LLM, load_llm, recompute_activations, refuse_unfit_config, refuse_unfit_model
+from llms import LLM, load_llm, pick_device, recompute_activations, refuse_unfit_config, refuse_unfit_model
 from logprobs import masked_mean, reference_logps, token_logps_and_entropy
 from optimizer import MasterAdamW, sync_reference
 from prompts import encode_prompts
@@ -375,9 +375,9 @@ def set_up_and_train(config: Config) -> int:
             *(config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed),
             *(*data, lambda examples: encode_prompts(llm, examples), config.max_prompt_length),
         )
+        check = functools.partial(refuse_unfit_config, config, test_set)
+        how = (pick_device(config.device), config.dtype, config.attn_implementation, config.chat_template_kwargs, check)
         model_path = str(tiny_model(config.dataset_name, *data)) if config.model_path == "tiny" else config.model_path
-        how: tuple = (config.device, config.dtype, config.attn_implementation, config.chat_template_kwargs)
-        how += (functools.partial(refuse_unfit_config, config, test_set),)
         llm: LLM = load_llm(run.checkpoint or model_path, *how)
         refuse_unfit_model(config, llm, test_set)
         if config.gradient_checkpointing:

@@ -230,12 +230,13 @@ def test_syncing_needs_a_reference_model(capsys, objective):
         ("--dataset_name arithmetic --dataset_options steps=0", "steps"),
         ("--dataset_name clock --train_size 50 --prompts_per_step 60", "60"),
         ("--dataset_name clock --dataset_path data.jsonl", "path"),
+        ("--dataset_name clock --device cuda:99", "cuda:99"),
         ("--dataset_name gsm8k --dataset_path {folder}/missing.jsonl", "missing.jsonl"),
         ("--dataset_name gsm8k --dataset_path {folder}/data.jsonl", "line 1"),
     ],
 )
 @pytest.mark.parametrize("model", ["someone/model", "tiny"])
-def test_bad_data_are_refused_before_the_model(tmp_path, monkeypatch, capsys, flags, named, model):
+def test_bad_input_is_refused_before_the_model(tmp_path, monkeypatch, capsys, flags, named, model):
     (tmp_path / "data.jsonl").write_text('{"question": "What is 1 + 1?"}\n' * 20)
     for slow in ("load_llm", "tiny_model"):
         monkeypatch.setattr(main, slow, lambda *_: pytest.fail("the model came before the refusal"))
@@ -277,6 +278,11 @@ def test_several_processes_are_refused(monkeypatch, capsys, tmp_path, name):
     for single in ("1", ""):
         monkeypatch.setenv(name, single)
         parse_args([])
+
+
+def test_missing_flash_attention_is_refused_from_the_flags(monkeypatch, capsys):
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    assert "flash-attn" in refusal(capsys, "--attn_implementation flash_attention_2")
 
 
 def test_old_packages_are_refused_in_one_line(monkeypatch, capsys):
