@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
+import multiprocessing
+import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_objectives.py", "tests/test_contracts.py")
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "plots", "docs", "benchmarks", "*.lock")
-TIMEOUT = 600  # seconds
-BROKEN_RUN = 2  # pytest's exit statuses from here on are not failing tests
+TIMEOUT = 1200  # seconds
+# Imported once, before a process is forked for each bug: they take longer than most of the tests.
+PRELOADED = ("pytest", "torch", "torchvision", "transformers.models.auto.modeling_auto")
+PRELOADED += ("transformers.models.auto.processing_auto", "transformers.models.qwen2.modeling_qwen2")
 
 
 @dataclass(frozen=True)
@@ -232,22 +236,37 @@ def run_tests(file: str | None = None, text: str = "") -> tuple[str | None, floa
     """-> the first test that fails on a copy with the changed file, None if all pass; and the seconds it took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        checkout = Path(place) / "copy"
+        checkout, output = Path(place) / "copy", Path(place) / "output.txt"
         shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
         if file:
             (checkout / file).write_text(text)
         tests = TESTS if file in (None, "main.py") else TESTS[::-1]  # first those that are likelier to notice
-        # TRL takes seconds to import, and its loss is compared with formulas that other tests compare with too.
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not trl", *tests]
-        result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=TIMEOUT)
+        process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(checkout, tests, output))
+        process.start()
+        process.join(TIMEOUT)
+        process.kill()
+        printed = output.read_text()
     seconds = time.perf_counter() - start
-    if result.returncode == 0:
+    if process.exitcode == 0:
         return None, seconds
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
-    if result.returncode >= BROKEN_RUN or not failed:
-        sys.exit(f"pytest itself failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+    if process.exitcode != 1 or not failed:  # 1: a test failed
+        sys.exit(f"pytest itself failed ({process.exitcode}):\n{printed[-6000:]}")
     return failed[1].removeprefix("tests/"), seconds
 
 
+def run_pytest(checkout: Path, tests: tuple[str, ...], output: Path) -> None:
+    """Run the tests of another checkout in this process, up to the first that fails."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(checkout)
+    sys.path.remove(str(ROOT / "tests"))
+    # TRL takes seconds to import, and its loss is compared with formulas that other tests compare with too.
+    sys.exit(importlib.import_module("pytest").main(["-x", "-q", "-p", "no:cacheprovider", "-k", "not trl", *tests]))
+
+
 if __name__ == "__main__":
+    for module in PRELOADED:
+        importlib.import_module(module)
     sys.exit(main())
