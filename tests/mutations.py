@@ -128,7 +128,7 @@ MUTATIONS = [
     Mutation(
         "reference not frozen: it is the policy",
         "set_up_and_train",
-        "load_llm(any_path, *any_how).model.requires_grad_(False)",
+        "any_reference.model.requires_grad_(False)",
         "llm.model",
     ),
 ]
