@@ -1,22 +1,32 @@
-"""The sampler draws from exactly softmax(logits / temperature), knows how probable it was, and ends where it should."""
+"""The sampler draws from softmax(logits / temperature), returns its log-probabilities, and stops at the end token."""
 
+import functools
 import random
 
 import pytest
+import sampling
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import EOS, FAMILIES, GENERATION, VISION, plain_inputs, question, questions
 
 import rollout as rollout_module
-from llms import encode_prompts, token_logps, token_logps_and_entropy
-from rollout import Decoder, LeanDecoder, get_decoder, halve_to, join, sample
+from llms import Prompts, encode_prompts
+from logprobs import token_logps, token_logps_and_entropy
+from rollout import Decoder, FusedDecoder, Rollout, Sampler, halve_to
+
+draw = functools.partial(sampling.draw, generations=8, length=24)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def greedy(llm, examples, generations=1, length=30) -> Rollout:
+    return Sampler(llm).sample(examples, generations, length, temperature=0)
 
 
-def draw(llm, family, generations=8, length=24, temperature=1.0, seed=0, **options):
-    return sample(llm, questions(family), generations, length, temperature, seeded(seed), **options)
+@pytest.fixture(params=[True, False], ids=["fused", "plain"])
+def either_decoder(request, monkeypatch):
+    """Once with the layers written out, once with transformers' own forward pass."""
+    monkeypatch.setattr(rollout_module.layers, "has_fast_layers", lambda model: request.param)
+    return FusedDecoder if request.param else Decoder
 
 
 def assert_same_rollout(one, other):
@@ -27,6 +37,12 @@ def assert_same_rollout(one, other):
     assert one.texts == other.texts
 
 
+def assert_logps_are_the_trainers(llm, rollout, temperature=1.0):
+    with torch.no_grad():
+        logps = token_logps(llm, rollout, temperature).float()
+    torch.testing.assert_close(rollout.sampler_logps, logps, atol=2e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Contract 1: the sampler's log-probabilities are the trainer's
 
@@ -35,19 +51,20 @@ def assert_same_rollout(one, other):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampler_and_trainer_agree(load, family, temperature):
     llm = load(family)
-    rollout = draw(llm, family, temperature=temperature)
+    sampler = Sampler(llm)
+    rollout = sampler.sample(questions(family), 8, 24, temperature)
     with torch.no_grad():
         logps = token_logps(llm, rollout, temperature)
         elsewhere = token_logps(llm, rollout, 1.1 * temperature)
-    assert isinstance(llm.decoder, LeanDecoder)
+    assert type(sampler.decoder) is FusedDecoder
     torch.testing.assert_close(rollout.sampler_logps, logps.float(), atol=2e-5, rtol=1e-5)
-    assert (elsewhere - logps).abs().max() > 0.01  # so the temperature was in both
+    assert (elsewhere - logps).abs().max() > 0.01  # so both use the temperature
     assert (rollout.sampler_logps[~rollout.completion_mask] == 0).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampler_and_trainer_agree_in_bfloat16(load, family):
-    """Each rounds in its own order, so they agree to bfloat16's precision, and on average nothing is off."""
+    """They round in different orders: they agree to bfloat16's precision, without bias."""
     llm = load(family, "bfloat16")
     rollout = draw(llm, family)
     with torch.no_grad():
@@ -56,7 +73,7 @@ def test_sampler_and_trainer_agree_in_bfloat16(load, family):
 
 
 def test_rollouts_take_part_in_autograd(load):
-    """They are made in inference mode, whose tensors autograd refuses."""
+    """Sampling runs in inference mode, whose tensors autograd refuses."""
     llm = load("qwen2_vl")
     rollout = draw(llm, "qwen2_vl")
     (token_logps(llm, rollout) * rollout.sampler_logps).sum().backward()
@@ -67,13 +84,13 @@ def test_rollouts_take_part_in_autograd(load):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
-def test_the_end_token_is_in_the_mask_and_nothing_after_it(load, family):
+def test_the_mask_ends_with_the_end_token(load, family):
     llm = load(family)
     rollout = draw(llm, family, generations=40, length=12)
     eos = torch.tensor(llm.eos_token_ids)
     lengths = rollout.completion_mask.sum(1)
     assert rollout.finished.any() and not rollout.finished.all()
-    assert lengths.min() == 1  # the end comes first: an empty completion still teaches its end
+    assert lengths.min() == 1  # an empty completion consists of its end token, which is trained
     for ids, mask, logps, length, finished in zip(
         rollout.completion_ids, rollout.completion_mask, rollout.sampler_logps, lengths, rollout.finished, strict=True
     ):
@@ -81,11 +98,11 @@ def test_the_end_token_is_in_the_mask_and_nothing_after_it(load, family):
         is_end = torch.isin(ids[:length], eos)
         assert not is_end[:-1].any() and is_end[-1] == finished
         assert finished or length == 12
-        assert (logps[:length] < 0).all()  # the end's log-probability too
+        assert (logps[:length] < 0).all()  # that of the end token too
         assert (ids[length:] == llm.pad_token_id).all()
 
 
-def test_only_the_tokenizers_end_token_still_ends(load):
+def test_only_the_given_eos_ids_end_a_completion(load):
     llm = load("qwen2")
     llm.eos_token_ids = (0,)
     rollout = draw(llm, "qwen2", generations=100, length=40)
@@ -93,7 +110,7 @@ def test_only_the_tokenizers_end_token_still_ends(load):
     assert ((rollout.completion_ids == 0) & rollout.completion_mask).sum() == rollout.finished.sum()
     assert torch.isin(
         rollout.completion_ids[rollout.completion_mask], torch.tensor(EOS)
-    ).any()  # now tokens like others
+    ).any()  # the ids of the generation config no longer end it
 
 
 def test_texts_are_the_tokens_without_special_ones(load):
@@ -140,32 +157,32 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> tuple[float
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
 def test_sampled_tokens_have_the_models_distribution(load, family, temperature):
-    """Whatever top-k, top-p, temperature or penalty the model's generation config asks for."""
+    """The top-k, top-p, temperature and penalty of the model's generation config change nothing."""
     llm = load(family)
     for name, value in GENERATION.items():
-        assert getattr(llm.model.generation_config, name) == value  # the model does ask for them
+        assert getattr(llm.model.generation_config, name) == value  # the model does name them
     example, excluded = questions(family)[0], list(llm.excluded_token_ids)
     with torch.no_grad():
         logits = llm.model(**plain_inputs(llm, example)).logits[0, -1]  # (V,)
     logits[excluded] = -torch.inf
-    rollout = sample(llm, [example], 10_000, 1, temperature, seeded())
+    rollout = Sampler(llm).sample([example], 10_000, 1, temperature)
     counts = rollout.completion_ids[:, 0].bincount(minlength=len(logits))  # (V,)
     assert (counts[excluded] == 0).all() and (counts > 0).sum() > 30
     statistic, freedom = chi_square(counts, (logits / temperature).softmax(-1))
     assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5  # mean and standard deviation of chi-square
     off, freedom = chi_square(counts, (logits / (1.2 * temperature)).softmax(-1))
-    assert off > freedom + 5 * (2 * freedom) ** 0.5  # and a temperature 20 % off would be seen
+    assert off > freedom + 5 * (2 * freedom) ** 0.5  # a temperature 20 % off is detected
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_later_tokens_have_the_models_distribution_too(load, family, temperature):
-    """Were they sampled from another one, their mean log-probability would not be minus the entropy."""
+def test_later_tokens_have_the_models_distribution(load, family, temperature):
+    """The mean log-probability of samples is minus the entropy; of samples from another distribution it is not."""
     llm = load(family, "float32")
-    rollout = draw(llm, family, 100, 10, temperature, ignore_eos=True)
+    rollout = draw(llm, family, generations=100, length=10, temperature=temperature, ignore_eos=True)
     with torch.no_grad():
         logps, entropy = token_logps_and_entropy(llm, rollout, temperature)
-    surprise = logps + entropy  # (B, T), of mean 0 at each token whatever came before
+    surprise = logps + entropy  # (B, T), of mean 0 at each token
     assert (surprise.mean(0).abs() < 5 * surprise.std(0) / len(surprise) ** 0.5).all()
 
 
@@ -174,18 +191,18 @@ def test_placeholders_are_never_sampled(load, family):
     """A sampled image placeholder has no picture, and breaks the next forward pass."""
     llm = load(family)
     images = list(llm.excluded_token_ids)
-    with torch.no_grad():  # one of them is now by far the likeliest token wherever its neighbour was likely
+    with torch.no_grad():  # make them the likeliest tokens wherever tokens 50 and 51 are likely
         head = llm.model.get_output_embeddings().weight
         head[images] = 3 * head[50:52]
-    for rollout in (sample(llm, questions(family), 1, 20, 0), draw(llm, family, generations=30)):
+    for rollout in (greedy(llm, questions(family), 1, 20), draw(llm, family, generations=30)):
         assert not torch.isin(rollout.completion_ids, torch.tensor(images)).any()
         assert torch.isfinite(rollout.sampler_logps).all()
         with torch.no_grad():
             assert torch.isfinite(token_logps(llm, rollout)).all()
 
 
-def test_the_edges_of_the_uniform_number_still_give_possible_tokens(load, monkeypatch):
-    """A uniform number of 0 must not choose a first token of probability 0, nor one near 1 run off the end."""
+def test_extreme_uniform_numbers_give_possible_tokens(load, monkeypatch):
+    """The number 0 must not choose a first token of probability 0, nor a number near 1 an index past the end."""
     llm = load("qwen2_vl")
     size = llm.model.get_output_embeddings().weight.shape[0]
     llm.excluded_token_ids = (0, 1, size - 2, size - 1)
@@ -203,9 +220,9 @@ def test_the_edges_of_the_uniform_number_still_give_possible_tokens(load, monkey
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_decoding_is_that_of_generate(load, family):
+def test_greedy_decoding_equals_generate(load, family):
     llm = load(family)
-    rollout = sample(llm, questions(family), 2, 30, temperature=0)
+    rollout = greedy(llm, questions(family), 2, 30)
     for row, example in enumerate(questions(family)):
         inputs = plain_inputs(llm, example)
         expected = llm.model.generate(
@@ -223,8 +240,8 @@ def test_greedy_decoding_is_that_of_generate(load, family):
         for completion in (2 * row, 2 * row + 1):
             mask = rollout.completion_mask[completion]
             assert rollout.completion_ids[completion][mask].tolist() == expected.tolist()
-    with torch.no_grad():  # there is no temperature 0 to score with: they are those of temperature 1
-        torch.testing.assert_close(rollout.sampler_logps, token_logps(llm, rollout, 1).float(), atol=2e-5, rtol=1e-5)
+    # greedy decoding returns the log-probabilities of temperature 1
+    assert_logps_are_the_trainers(llm, rollout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,106 +249,114 @@ def test_greedy_decoding_is_that_of_generate(load, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lean_and_plain_decoding_are_the_same(load, family, monkeypatch):
+def test_fused_and_plain_decoding_are_the_same(load, family, monkeypatch):
     llm = load(family)
-    lean = draw(llm, family, temperature=0.9, seed=1)  # a number drawn on the border of two tokens could go either way
-    monkeypatch.setattr(rollout_module.lean, "is_lean", lambda model: False)
-    llm.decoder = None
-    plain = draw(llm, family, temperature=0.9, seed=1)
-    assert type(llm.decoder) is Decoder
-    assert_same_rollout(lean, plain)
+    rollouts, used = [], []
+    for fused in (True, False):
+        monkeypatch.setattr(rollout_module.layers, "has_fast_layers", lambda model, fused=fused: fused)
+        sampler = Sampler(llm, seed=1)  # with another seed a number might fall on the border of two tokens
+        rollouts.append(sampler.sample(questions(family), 8, 24, 0.9))
+        used.append(type(sampler.decoder))
+    assert used == [FusedDecoder, Decoder]
+    assert_same_rollout(*rollouts)
 
 
 def many_questions():
-    """33 strings of random letters, 5 to 37 long: what such a model answers has nothing in common."""
+    """33 strings of random letters, 5 to 37 long: the answers of a random model to them differ."""
     letters = "abcdefghijklmnopqrstuvwxyz 0123456789"
     return [question("".join(random.Random(n).choices(letters, k=5 + n))) for n in range(33)]
 
 
 @pytest.mark.parametrize("look_every", [1, 5, 16])
-@pytest.mark.parametrize("lean", [True, False])
-def test_rows_that_leave_change_nothing(load, monkeypatch, lean, look_every):
-    """33 rows that end at many different tokens, decoded until all have ended, and with those that have gone.
+def test_removing_finished_rows_changes_nothing(load, monkeypatch, either_decoder, look_every):
+    """33 rows that end at many different tokens, decoded with and without removing those that have ended.
 
-    `look_every`: on a GPU the host looks only now and then, so rows go on past their end; nothing of that comes out.
+    `look_every`: on a GPU the host looks only every few tokens, so rows decode past their end.
     """
-    monkeypatch.setattr(rollout_module.lean, "is_lean", lambda model: lean)
-    llm, kept, keep_rows = load("llama"), [], Decoder.keep_rows
+    sampler, kept, keep_rows = Sampler(load("llama")), [], Decoder.keep_rows
 
     def spy(decoder, keep):
         kept.append(len(keep))
         keep_rows(decoder, keep)
 
     monkeypatch.setattr(Decoder, "keep_rows", spy)
-    get_decoder(llm, 33, 128).look_every = look_every
-    leaving = sample(llm, many_questions(), 1, 60, temperature=0)
+    sampler.roomy_decoder(33, 128).look_every = look_every
+    leaving = sampler.sample(many_questions(), 1, 60, temperature=0)
+    assert type(sampler.decoder) is either_decoder and sampler.decoder.look_every == look_every
     assert kept and kept == sorted(kept, reverse=True) and (look_every > 1 or kept[:2] == [16, 8])
     assert len(set(leaving.completion_mask.sum(1).tolist())) > 8
-    monkeypatch.setattr(rollout_module, "halve_to", lambda rows, needed: rows)  # now nobody leaves
+    monkeypatch.setattr(rollout_module, "halve_to", lambda rows, needed: rows)  # now no row is removed
     kept.clear()
-    assert_same_rollout(leaving, sample(llm, many_questions(), 1, 60, temperature=0))
+    assert_same_rollout(leaving, sampler.sample(many_questions(), 1, 60, temperature=0))
     assert set(kept) == {33}
 
 
-def test_rows_that_leave_keep_their_own_past(load):
-    """The same while sampling, where the random numbers depend on who is left: each row's log-probabilities fit."""
+def test_remaining_rows_keep_their_own_cache(load):
+    """While sampling, the random numbers depend on the rows that remain, but each row's log-probabilities are right."""
     llm = load("qwen2_vl")
     rollout = draw(llm, "qwen2_vl", generations=40, length=60)
     assert len(set(rollout.completion_mask.sum(1).tolist())) > 20
-    with torch.no_grad():
-        torch.testing.assert_close(rollout.sampler_logps, token_logps(llm, rollout).float(), atol=2e-5, rtol=1e-5)
+    assert_logps_are_the_trainers(llm, rollout)
 
 
-def test_halvings():
+def test_halve_to():
     assert [halve_to(64, needed) for needed in (64, 33, 32, 17, 16, 3, 2, 1)] == [64, 64, 32, 32, 16, 4, 2, 1]
     assert [halve_to(9, needed) for needed in (5, 4, 2, 1)] == [9, 4, 2, 1]
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_a_decoder_is_used_again_for_other_shapes(load, monkeypatch, lean):
-    monkeypatch.setattr(rollout_module.lean, "is_lean", lambda model: lean)
-    used, family = load("qwen2_vl"), "qwen2_vl"
-    draw(used, family, generations=10, length=100)
-    kept = used.decoder
-    shapes = [(2, 5, 1.0), (7, 30, 0.6), (1, 3, 0), (9, 90, 1.0)]
-    for generations, length, temperature in shapes:
-        again = draw(used, family, generations, length, temperature)
-        assert_same_rollout(again, draw(load(family), family, generations, length, temperature))
-    assert used.decoder is kept
-    draw(used, family, generations=12, length=200)  # more than there is room for
-    assert used.decoder is not kept and used.decoder.max_rows == 36 and used.decoder.slots >= 244
+def test_buffers_are_reused_for_other_shapes(load, either_decoder):
+    """A smaller request uses the decoder as it is, and nothing of earlier completions is left in it."""
+    llm, family = load("qwen2_vl"), "qwen2_vl"
+    sampler = Sampler(llm)
+    sampler.sample(questions(family), 10, 100)
+    kept = sampler.decoder
+    for generations, length, temperature in [(2, 5, 1.0), (7, 30, 0.6), (1, 3, 0), (9, 90, 1.0)]:
+        with sampler.seeded(0):
+            again = sampler.sample(questions(family), generations, length, temperature)
+        assert_same_rollout(again, Sampler(llm).sample(questions(family), generations, length, temperature))
+    assert sampler.decoder is kept and type(kept) is either_decoder
+
+
+def test_a_larger_request_replaces_the_decoder(load):
+    sampler = Sampler(load("qwen2_vl"))
+    sampler.sample(questions("qwen2_vl"), 10, 100)
+    kept = sampler.decoder
+    sampler.sample(questions("qwen2_vl"), 12, 200)
+    assert sampler.decoder is not kept and sampler.decoder.max_rows == 36 and sampler.decoder.slots >= 244
 
 
 def test_a_larger_decoder_keeps_the_larger_of_both_sizes(load):
-    llm = load("qwen2")
-    get_decoder(llm, 10, 100)
-    assert get_decoder(llm, 5, 300).max_rows == 10
-    assert get_decoder(llm, 20, 50).slots == 304
+    sampler = Sampler(load("qwen2"))
+    first = sampler.roomy_decoder(10, 100)
+    assert sampler.roomy_decoder(10, 100) is first and sampler.roomy_decoder(5, 50) is first
+    assert sampler.roomy_decoder(5, 300).max_rows == 10
+    assert sampler.roomy_decoder(20, 50).slots == 304
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sampler_sees_an_optimizer_step(load, family):
-    """It decodes over fused storage, of which the parameters are views: one copy, not a second that grows stale."""
+    """The parameters are views of the fused weights that it reads: there is no second copy to grow stale."""
     llm = load(family)
-    before, fused = draw(llm, family), llm.decoder.fused
+    sampler = Sampler(llm)
+    before = sampler.sample(questions(family), 8, 24)
+    fused = sampler.decoder.fused
     token_logps(llm, before).sum().backward()
     torch.optim.AdamW(llm.model.parameters(), lr=0.05).step()
-    after = draw(llm, family)
-    assert llm.decoder.fused is fused  # not put together anew
+    with sampler.seeded(0):
+        after = sampler.sample(questions(family), 8, 24)
+    assert sampler.decoder.fused is fused  # not fused a second time
     assert not torch.equal(before.completion_ids, after.completion_ids)
-    with torch.no_grad():
-        torch.testing.assert_close(after.sampler_logps, token_logps(llm, after).float(), atol=2e-5, rtol=1e-5)
+    assert_logps_are_the_trainers(llm, after)
 
 
 def test_the_sampler_sees_replaced_weights(load):
     """`model.to`, or a loaded state whose tensors are assigned, gives parameters new storage."""
     llm = load("llama")
-    draw(llm, "llama")
+    sampler = Sampler(llm)
+    sampler.sample(questions("llama"), 8, 24)
     other = {name: 0.8 * weight for name, weight in llm.model.state_dict().items()}
     llm.model.load_state_dict(other, assign=True)
-    after = draw(llm, "llama")
-    with torch.no_grad():
-        torch.testing.assert_close(after.sampler_logps, token_logps(llm, after).float(), atol=2e-5, rtol=1e-5)
+    assert_logps_are_the_trainers(llm, sampler.sample(questions("llama"), 8, 24))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,18 +364,44 @@ def test_the_sampler_sees_replaced_weights(load):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_only_the_given_generator_is_advanced(load, temperature):
-    llm, generator = load("qwen2"), seeded()
-    outside, inside = torch.get_rng_state(), generator.get_state()
-    sample(llm, questions("qwen2"), 3, 10, temperature, generator)
+def test_sampling_advances_the_samplers_generator_only(load, temperature):
+    sampler = Sampler(load("qwen2"))
+    outside, inside = torch.get_rng_state(), sampler.generator.get_state()
+    sampler.sample(questions("qwen2"), 3, 10, temperature)
     assert torch.equal(torch.get_rng_state(), outside)
-    assert torch.equal(generator.get_state(), inside) == (temperature == 0)  # greedy decoding draws no numbers
+    assert torch.equal(sampler.generator.get_state(), inside) == (temperature == 0)  # greedy decoding draws no numbers
 
 
 def test_same_seed_same_samples(load):
     llm = load("qwen3_vl")
     assert_same_rollout(draw(llm, "qwen3_vl"), draw(llm, "qwen3_vl"))
     assert not torch.equal(draw(llm, "qwen3_vl").completion_ids, draw(llm, "qwen3_vl", seed=1).completion_ids)
+
+
+def test_seeded_restores_the_random_state(load):
+    """After an error too; the generator stays the same object, with which CUDA graphs were captured."""
+    llm = load("qwen2")
+    sampler, expected = Sampler(llm, seed=3), draw(llm, "qwen2", seed=5)
+    generator, state = sampler.generator, sampler.generator.get_state()
+    with sampler.seeded(5):
+        assert_same_rollout(sampler.sample(questions("qwen2"), 8, 24), expected)
+    assert sampler.generator is generator and torch.equal(generator.get_state(), state)
+    with pytest.raises(KeyError), sampler.seeded(5):
+        sampler.sample(questions("qwen2"), 1, 2)
+        raise KeyError
+    assert sampler.generator is generator and torch.equal(generator.get_state(), state)
+
+
+def test_a_restored_sampler_continues_the_random_numbers(load):
+    llm = load("qwen2")
+    uninterrupted = Sampler(llm, seed=3)
+    uninterrupted.sample(questions("qwen2"), 8, 24)
+    state = uninterrupted.state_dict()
+    state = {name: value.clone() for name, value in state.items()}
+    resumed = Sampler(llm, seed=4)
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        assert_same_rollout(resumed.sample(questions("qwen2"), 8, 24), uninterrupted.sample(questions("qwen2"), 8, 24))
 
 
 def test_completions_of_a_group_differ(load):
@@ -363,42 +414,96 @@ def test_completions_of_a_group_differ(load):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_neighbours_in_the_batch_do_not_matter(load, family):
-    """A prompt's completions are those it gets alone: padding on the left is seen by nobody."""
+def test_completions_do_not_depend_on_the_batch(load, family):
+    """A prompt's completions are those it gets alone: no token attends to the padding on the left."""
     llm = load(family)
-    together = sample(llm, questions(family), 1, 30, temperature=0)
+    together = greedy(llm, questions(family))
     for row, example in enumerate(questions(family)):
-        alone = sample(llm, [example], 1, 30, temperature=0)
+        alone = greedy(llm, [example])
         mask = together.completion_mask[row]
         assert together.completion_ids[row][mask].tolist() == alone.completion_ids[0].tolist()
         torch.testing.assert_close(together.sampler_logps[row][mask], alone.sampler_logps[0], atol=2e-5, rtol=1e-5)
 
 
-def test_prompts_with_and_without_pictures_go_together(load):
+def test_prompts_with_and_without_pictures_mix(load):
     llm = load("qwen2_5_vl")
     examples = [question("No picture."), *questions("qwen2_5_vl"), question("None here either, thank you.")]
-    rollout = sample(llm, examples, 2, 10, 1.0, seeded())
-    with torch.no_grad():
-        torch.testing.assert_close(rollout.sampler_logps, token_logps(llm, rollout).float(), atol=2e-5, rtol=1e-5)
+    rollout = Sampler(llm).sample(examples, 2, 10)
+    assert_logps_are_the_trainers(llm, rollout)
 
 
-def test_encoded_prompts_give_what_examples_give(load):
+def test_encoded_prompts_and_examples_sample_the_same(load):
     llm = load("qwen2_vl")
-    encoded = sample(llm, encode_prompts(llm, questions("qwen2_vl")), 4, 10, 1.0, seeded())
+    encoded = Sampler(llm).sample(encode_prompts(llm, questions("qwen2_vl")), 4, 10)
     assert_same_rollout(encoded, draw(llm, "qwen2_vl", generations=4, length=10))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Selecting, concatenating and cutting rollouts
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
-def test_joined_rollouts_are_their_parts(load, family):
+def test_selected_and_concatenated_groups_are_unchanged(load, family):
     llm = load(family)
-    first = sample(llm, questions(family), 4, 6, 1.0, seeded(1))
-    second = sample(llm, questions(family)[:1], 4, 20, 1.0, seeded(2))
-    nothing = sample(llm, questions(family), 4, 20, 1.0, seeded(3))
-    joined = join([(first, [2, 0]), (nothing, []), (second, [0])])
-    rows = [8, 9, 10, 11, 0, 1, 2, 3]
-    assert joined.num_generations == 4 and joined.prompt_of_row == [0] * 4 + [1] * 4 + [2] * 4
-    assert joined.texts == [first.texts[row] for row in rows] + second.texts
-    assert joined.finished.tolist() == first.finished[rows].tolist() + second.finished.tolist()
-    assert torch.equal(joined.completion_mask.sum(1)[:8], first.completion_mask.sum(1)[rows])
-    with torch.no_grad():
-        torch.testing.assert_close(joined.sampler_logps, token_logps(llm, joined).float(), atol=2e-5, rtol=1e-5)
+    first = draw(llm, family, generations=4, length=6, seed=1)
+    second = Sampler(llm, 2).sample(questions(family)[:1], 4, 20)
+    parts = [first.select([2, 0]), draw(llm, family, generations=4, length=20, seed=3).select([]), second]
+    for joined in (Rollout.cat(parts), Rollout.cat([Rollout.cat(parts[:2]), second])):
+        rows = [8, 9, 10, 11, 0, 1, 2, 3]
+        assert joined.num_generations == 4 and joined.prompt_of_row == [0] * 4 + [1] * 4 + [2] * 4
+        assert joined.texts == [first.texts[row] for row in rows] + second.texts
+        assert joined.finished.tolist() == first.finished[rows].tolist() + second.finished.tolist()
+        assert torch.equal(joined.lengths, torch.cat([first.lengths[rows], second.lengths]))
+        assert torch.equal(joined.sampled_mask, joined.completion_mask)
+        for row, (part, old) in enumerate([(first, row) for row in rows] + [(second, row) for row in range(4)]):
+            ids = joined.completion_ids[row][joined.completion_mask[row]]
+            assert torch.equal(ids, part.completion_ids[old][part.completion_mask[old]])
+        assert_logps_are_the_trainers(llm, joined)
+
+
+def test_one_rollout_concatenated_is_itself(load):
+    rollout = draw(load("qwen2_vl"), "qwen2_vl", generations=2, length=6)
+    assert_same_rollout(Rollout.cat([rollout]), rollout)
+    assert_same_rollout(Rollout.cat([rollout.select([0]), rollout.select([1, 2])]), rollout)
+
+
+def rollout_of(lengths: list[int], group_size: int, prompt_length: int) -> Rollout:
+    """Completions of these lengths; only the shapes matter."""
+    queries, width = len(lengths) // group_size, max(lengths)
+    prompts = torch.ones(queries, prompt_length, dtype=torch.long)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    finished = torch.ones(len(lengths), dtype=torch.bool)
+    encoded = Prompts(prompts, prompts.bool(), prompts, [{} for _ in range(queries)])
+    return Rollout(encoded, ids, mask, mask.float(), finished, [""] * len(lengths), group_size)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=24),
+    group_size=st.integers(1, 5),
+    prompt_length=st.integers(1, 40),
+    budget=st.integers(1, 600),
+)
+@settings(max_examples=200, deadline=None)
+def test_micro_batches_are_a_partition_within_the_budget(lengths, group_size, prompt_length, budget):
+    lengths = lengths[: len(lengths) // group_size * group_size] or [1] * group_size
+    batches = rollout_of(lengths, group_size, prompt_length).micro_batches(budget)
+
+    def cost(rows):
+        return len(rows) * max(lengths[row] for row in rows) + prompt_length * len({row // group_size for row in rows})
+
+    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+    assert all(batches)
+    assert all(cost(rows) <= budget or len(rows) == 1 for rows in batches)
+    for first in range(0, len(lengths), group_size):
+        rows = range(first, first + group_size)
+        used = [batch for batch in batches if set(batch) & set(rows)]
+        assert len(used) == 1 or cost(rows) > budget  # a group that fits stays together and shares its prompt
+
+
+def test_micro_batches_keep_groups_together():
+    """Three groups of two rows that fit as a whole: two in one micro-batch, sorted by length, and one alone."""
+    rollout = rollout_of([5, 4, 1, 2, 3, 3], group_size=2, prompt_length=10)
+    assert rollout.micro_batches(32) == [[2, 3, 4, 5], [1, 0]]
+    assert rollout.micro_batches(1000) == [[2, 3, 4, 5, 1, 0]]
+    assert rollout.micro_batches(1) == [[2], [3], [4], [5], [1], [0]]
