@@ -17,7 +17,7 @@ import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -458,7 +458,7 @@ class TrainLoader:
         if state["size"] != len(self.dataset):
             raise ValueError(f"the saved run had {state['size']} training examples, this one has {len(self.dataset)}")
         if self._upcoming is not None:
-            self._upcoming.result()  # the thread must not move the position any more
+            wait([self._upcoming])  # the thread must not move the position any more; its error no longer matters
             self._upcoming = None
         self._start_epoch(state["epoch"])
         self._position, self._kept, self._skipped = state["position"], state["kept"], state["skipped"]

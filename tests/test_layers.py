@@ -3,8 +3,8 @@
 import pytest
 import torch
 from plain_reference import compute_in_float64
-from sampling import assert_same_gradients, draw, gradients
-from small_models import FAMILIES, TEXT
+from sampling import FAMILIES, assert_same_gradients, draw, gradients
+from small_models import TEXT
 
 import layers
 import logprobs

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from other_process import run_python
-from sampling import draw, gradients
-from small_models import EOS, FAMILIES, TEXT, VISION, question, questions
+from sampling import FAMILIES, VISION, draw, gradients
+from small_models import EOS, TEXT, question, questions
 
 import llms
 import tiny_models
@@ -24,7 +24,7 @@ from rldatasets import get_dataset
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_and_takes_a_training_step(load, family):
     llm = load(family, "float32")
-    assert llm.is_vision == (llm.processor is not None) == (family in VISION)
+    assert llm.is_vision == (llm.processor is not None) == (family not in TEXT)
     assert llm.dtype == torch.float32 and not llm.model.training
     before = {name: weight.detach().clone() for name, weight in llm.model.named_parameters()}
     rollout = draw(llm, family)

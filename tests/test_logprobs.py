@@ -3,8 +3,8 @@
 import pytest
 import torch
 from plain_reference import compute_in_float64
-from sampling import assert_same_gradients, draw, gradients
-from small_models import FAMILIES, VISION, plain_inputs, questions
+from sampling import FAMILIES, TEMPERATURES, VISION, assert_same_gradients, draw, gradients
+from small_models import plain_inputs, questions
 
 import logprobs
 from config import parse_args
@@ -34,7 +34,7 @@ def plain_distributions(llm, rollout, examples, temperature):
         yield logits.log_softmax(-1), ids
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logps_and_entropy_equal_a_plain_forward_pass(load, family, temperature):
     llm = load(family)

@@ -1,21 +1,27 @@
-"""Examples are pure functions of (split, seed, index), train and test are disjoint, and the loader keeps its place."""
+"""Examples are pure functions of (split, seed, index), train and test are disjoint, and the loader resumes exactly."""
 
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from other_process import ROOT, run_python
 
-from evaluator import EVALUATORS, get_evaluator
+from evaluator import EVALUATORS, asked_format, get_evaluator
 from rldatasets import (
     DATASETS,
     EVAL_SEED,
     SPLITS,
+    GSM8KDataset,
     TrainLoader,
     clock_times,
     dataset_options,
@@ -24,16 +30,9 @@ from rldatasets import (
     split_of,
 )
 
-ROOT = Path(__file__).parents[1]
-
-
-def run_python(program: str) -> str:
-    """What a program prints that runs in a process of its own, in the project's folder."""
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-SMALL = {"clock": {"size": 56}, "correlation": {"size": 56}, "arithmetic": {}, "gsm8k": {}}
-MADE_HERE = ["clock", "correlation", "arithmetic"]
+GENERATED = [name for name, task in DATASETS.items() if not task.reads_files]
+IN_GSM8K_FORM = [name for name, task in DATASETS.items() if issubclass(task, GSM8KDataset)]
+SMALL = {name: {"size": 56} if "size" in dataset_options(name) else {} for name in DATASETS}  # small pictures
 
 
 def write_problems(path, count: int, start: int = 0):
@@ -57,7 +56,7 @@ def problems(tmp_path):
 
 
 def fingerprint(example) -> str:
-    """A hash of everything an example consists of, every byte of its pictures included."""
+    """A hash of all of an example, the bytes of its pictures included."""
     digest = hashlib.sha256(json.dumps([example.id, example.messages, example.answer]).encode())
     for image in example.images:
         digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
@@ -69,11 +68,12 @@ def user_text(example) -> str:
     return content if isinstance(content, str) else content[-1]["text"]
 
 
+@pytest.mark.slow
 # ---------------------------------------------------------------------------------------------------------------------
 # Contract: the same (split, seed, index) gives the same example; train and test are disjoint
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", MADE_HERE)
-def test_same_example_in_another_process_and_in_any_order(name):
+@pytest.mark.parametrize("name", GENERATED)
+def test_examples_are_the_same_in_another_process(name):
     cases = [(split, seed, index) for split in SPLITS for seed in (0, 7) for index in (0, 1, 5)]
     program = f"""
 import sys
@@ -90,17 +90,17 @@ for split, seed, index in reversed({cases}):
         fingerprint(get_dataset(name, split, seed=seed, options=SMALL[name])[index]) for split, seed, index in cases
     ]
     assert run_python(program).split() == here[::-1]
-    assert len(set(here)) == len(cases)  # another split, seed or index is another example
+    assert len(set(here)) == len(cases)  # different splits, seeds and indices give different examples
 
 
-@pytest.mark.parametrize("name", MADE_HERE)
+@pytest.mark.parametrize("name", GENERATED)
 def test_size_does_not_change_the_examples(name):
     few, many = (get_dataset(name, "test", size, options=SMALL[name]) for size in (10, 20))
     assert [fingerprint(few[i]) for i in range(10)] == [fingerprint(many[i]) for i in range(10)]
 
 
-@pytest.mark.parametrize("name", MADE_HERE)
-def test_making_examples_leaves_the_global_random_state_alone(name):
+@pytest.mark.parametrize("name", GENERATED)
+def test_examples_leave_the_global_random_state_alone(name):
     before = np.random.get_state()[1].tobytes()
     get_dataset(name, "test", options=SMALL[name])[3]
     assert np.random.get_state()[1].tobytes() == before
@@ -120,7 +120,7 @@ def test_no_clock_is_in_both_splits(second_hand):
 
 
 def test_test_clocks_are_spread_over_the_dial():
-    """A split by hash must not favour some hours, minutes or seconds: then test would differ from train."""
+    """The split by hash favours no hour, minute or second: test clocks have the distribution of training clocks."""
     times = np.array(clock_times("test", True))
     for values, bins in ((times // 3600, 12), (times // 60 % 60, 60), (times % 60, 60)):
         counts = np.bincount(values, minlength=bins)
@@ -150,44 +150,101 @@ def test_no_scatter_plot_is_in_both_splits():
 
 
 def test_splits_by_hash_never_change():
-    """Were the split of a time to change, a model would be tested on clocks that an earlier version trained on."""
+    """A time that changed its split would be a test clock that models of an earlier version were trained on."""
     assert [time for time in range(60) if split_of(f"clock {time}") == "test"] == [3, 10, 18]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", [*GENERATED, *IN_GSM8K_FORM])
 @pytest.mark.parametrize("split", SPLITS)
-def test_examples_are_well_formed_and_their_gold_earns_the_most(name, split, problems):
-    dataset = get_dataset(name, split, path=problems if name == "gsm8k" else None, options=SMALL[name])
+def test_examples_are_well_formed_and_gold_earns_the_most(name, split, problems):
+    dataset = get_dataset(name, split, path=problems if DATASETS[name].reads_files else None, options=SMALL[name])
     evaluator = get_evaluator(name)
-    assert dataset.modality == ("vision" if name in ("clock", "correlation") else "text")
     ids = set()
     for index in range(10):
         example = dataset[index]
-        assert re.fullmatch(r"[a-z0-9-]+", example.id)
+        assert re.fullmatch(r"[\w-]+", example.id, re.ASCII)
         ids.add(example.id)
         system, user = example.messages
         assert (system["role"], user["role"]) == ("system", "user")
-        assert "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>" in system["content"]
+        assert asked_format("...", "...") in system["content"]
         if dataset.modality == "vision":
-            assert [part["type"] for part in user["content"]] == ["image", "text"]
-            assert [image.size for image in example.images] == [(56, 56)]
+            assert [part["type"] for part in user["content"]] == ["image"] * len(example.images) + ["text"]
+            assert example.images and {image.mode for image in example.images} == {"RGB"}
+            assert all(image.size == (56, 56) for image in example.images) or "size" not in SMALL[name]
         else:
-            assert isinstance(user["content"], str)
-            assert example.images == []
-        completion = f"<reasoning>\n{dataset.solution(index)}\n</reasoning>\n<answer>\n{example.answer}\n</answer>"
-        rewards, measured = evaluator.compute_rewards([completion], [example.answer])
-        assert rewards.sum().item() == pytest.approx({"clock": 4.0, "correlation": 2.0}.get(name, 4.0))
-        best = 0.0 if evaluator.headline.lower_is_better else 1.0
-        assert measured[evaluator.headline.metric] == best
+            assert dataset.modality == "text" and isinstance(user["content"], str) and example.images == []
+        gold = asked_format(dataset.solution(index), example.answer)
+        rewards, measured = evaluator.compute_rewards([gold], [example.answer])
+        assert rewards.sum().item() == pytest.approx(evaluator.highest)
+        _, junk = evaluator.compute_rewards(["junk"], [example.answer])
+        metric, sign = evaluator.headline.metric, -1 if evaluator.headline.lower_is_better else 1
+        assert sign * measured[metric] > sign * junk[metric]
     assert len(ids) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "highest", "best"),
+    [("gsm8k", "text", 4, 1), ("clock", "vision", 4, 0), ("correlation", "vision", 2, 0), ("arithmetic", "text", 4, 1)],
+)
+def test_best_reward_and_metric_of_each_task(name, modality, highest, best, problems):
+    dataset = get_dataset(name, "test", path=problems if name == "gsm8k" else None, options=SMALL[name])
+    evaluator = get_evaluator(name)
+    gold = asked_format(dataset.solution(0), dataset[0].answer)
+    rewards, measured = evaluator.compute_rewards([gold], [dataset[0].answer])
+    assert dataset.modality == modality
+    assert rewards.sum().item() == pytest.approx(highest)
+    assert measured[evaluator.headline.metric] == best
 
 
 def test_every_dataset_has_an_evaluator():
     assert set(DATASETS) == set(EVALUATORS)
     assert all(DATASETS[name].name == name for name in DATASETS)
+
+
+NEW_DATASET = '''
+
+class ParityDataset(Dataset):
+    """Is a number even or odd?"""
+
+    name = "parity"
+    modality = "text"
+
+    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        number = int(self.rng(index).integers(10**6))
+        return f"Is {number} even or odd? Answer 0 or 1.", [], str(number % 2)
+
+
+DATASETS["parity"] = ParityDataset
+'''
+NEW_EVALUATOR = """
+
+class ParityEvaluator(ExactNumberEvaluator):
+    components: ClassVar = {"correctness": 1.0}
+    gold = "1"
+
+
+EVALUATORS["parity"] = ParityEvaluator
+"""
+
+
+@pytest.mark.slow
+def test_a_new_task_passes_the_tests_unchanged(tmp_path):
+    """One dataset class and one evaluator class, registered; without a tiny model."""
+    for source in ROOT.glob("*.*"):
+        if source.is_file():
+            shutil.copy(source, tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for file, addition in (("rldatasets.py", NEW_DATASET), ("evaluator.py", NEW_EVALUATOR)):
+        with (tmp_path / file).open("a") as source:
+            source.write(addition)
+    for file, chosen in (("test_rldatasets.py", "test"), ("test_evaluator.py", "parity")):
+        command = [sys.executable, "-m", "pytest", "-vp", "no:cacheprovider", "-m", "not slow", "-k", chosen]
+        done = subprocess.run([*command, f"tests/{file}"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert re.search(r"\[(train-)?parity\] PASSED", done.stdout)
 
 
 def test_clock_answers_are_the_times_drawn():
@@ -199,7 +256,7 @@ def test_clock_answers_are_the_times_drawn():
         assert picture.tobytes() == example.images[0].tobytes()
 
 
-def test_a_clock_without_second_hand_says_so():
+def test_a_clock_without_second_hand_asks_for_00():
     dataset = get_dataset("clock", "train", options={"size": 56, "second_hand": "false"})
     for index in range(20):
         assert dataset[index].answer.endswith(":00")
@@ -259,6 +316,7 @@ def test_gsm8k_from_a_folder_of_jsonl(problems):
         get_dataset("gsm8k", "test", 11, path=problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [".", "main"])
 def test_gsm8k_from_parquet_as_on_the_hub(tmp_path, folder):
     pyarrow = pytest.importorskip("pyarrow")
@@ -273,7 +331,7 @@ def test_gsm8k_from_parquet_as_on_the_hub(tmp_path, folder):
 
 
 @pytest.mark.parametrize(("count", "test_size"), [(2, 1), (9, 1), (40, 4)])
-def test_gsm8k_from_one_file_keeps_the_last_tenth_for_testing(tmp_path, count, test_size):
+def test_last_tenth_of_one_file_is_the_test_split(tmp_path, count, test_size):
     write_problems(tmp_path / "all.jsonl", count)
     train, test = (get_dataset("gsm8k", split, path=str(tmp_path / "all.jsonl")) for split in SPLITS)
     assert (len(train), len(test)) == (count - test_size, test_size)
@@ -310,7 +368,7 @@ def test_malformed_files_are_refused_with_the_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_not_text_or_parquet_are_refused(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not a text file"):
         get_dataset("gsm8k", "train", path=str(tmp_path / "data.jsonl"))
@@ -319,7 +377,7 @@ def test_files_that_are_not_text_or_parquet_are_refused(tmp_path):
         get_dataset("gsm8k", "train", path=str(tmp_path))
 
 
-def test_line_separators_within_a_text_do_not_split_its_line(tmp_path):
+def test_separators_inside_a_text_do_not_end_its_line(tmp_path):
     """U+2028 ends a line for str.splitlines, but JSON allows it inside of a text."""
     row = json.dumps({"question": "One\u2028two\x85three?", "answer": "#### 3"}, ensure_ascii=False)
     (tmp_path / "train.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
@@ -333,6 +391,7 @@ def test_missing_files_are_refused(tmp_path):
         get_dataset("gsm8k", "train", path=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_one_clear_line(monkeypatch):
     import datasets
 
@@ -364,17 +423,17 @@ def test_gsm8k_from_the_hub_has_its_official_splits(monkeypatch):
     ("arguments", "message"),
     [
         ({"name": "clok"}, "there is no task 'clok'; did you mean 'clock'?"),
-        ({"name": "chess"}, "there is no task 'chess'; known: gsm8k, clock, correlation, arithmetic"),
+        ({"name": "chess"}, f"there is no task 'chess'; choose from {', '.join(DATASETS)}"),
         ({"split": "validation"}, "unknown split 'validation'"),
         ({"size": 0}, "at least 1 example"),
         ({"seed": -1}, "a seed is 0 or more"),
         ({"path": "/tmp"}, "takes no dataset path"),
         ({"options": {"stile": "bold"}}, "no option 'stile'; did you mean 'style'?"),
-        ({"options": {"colour": "red"}}, "no option 'colour'; known: size, style, rotation, second_hand"),
+        ({"options": {"colour": "red"}}, "no option 'colour'; choose from size, style, rotation, second_hand"),
         ({"options": {"num_examples": 3}}, "no option 'num_examples'"),
         ({"options": {"style": "baroque"}}, "unknown clock style 'baroque'"),
         ({"options": {"size": "big"}}, "whole number of pixels"),
-        ({"name": "gsm8k", "options": {"size": 3}}, "no option 'size'; known: none"),
+        ({"name": "gsm8k", "options": {"size": 3}}, "no option 'size'"),
         ({"name": "arithmetic", "options": {"steps": "9"}}, "steps must be"),
     ],
 )
@@ -398,33 +457,155 @@ def test_options_come_as_texts_or_values():
 # ---------------------------------------------------------------------------------------------------------------------
 # The order of training
 # ---------------------------------------------------------------------------------------------------------------------
-def ids(batch) -> list[str]:
-    return [example.id for example in batch]
+def index_of(example) -> int:
+    return int(example.id.rpartition("-")[2])
 
 
-def loader(size=10, prompts_per_step=4, seed=0, keep=None) -> TrainLoader:
-    return TrainLoader(get_dataset("arithmetic", "train", size), prompts_per_step, seed, keep)
+def indices(batch) -> list[int]:
+    """The indices of the examples that a loader handed out."""
+    examples, _ = batch
+    return [index_of(example) for example in examples]
 
 
-def test_every_epoch_visits_each_example_once_in_another_order():
+def loader(size=10, prompts_per_step=4, seed=0, encode=None, max_prompt_length=None) -> TrainLoader:
+    return TrainLoader(get_dataset("arithmetic", "train", size), prompts_per_step, seed, encode, max_prompt_length)
+
+
+class Encoder:
+    """Encodes an example as its index, 9 times if it is one of `long`, else 1 to 3 times; lists what it read."""
+
+    def __init__(self, long=()):
+        self.long, self.read = set(long), []
+
+    def __call__(self, examples):
+        import torch
+
+        from llms import Prompts
+
+        numbers = [index_of(example) for example in examples]
+        self.read += numbers
+        lengths = torch.tensor([9 if number in self.long else 1 + number % 3 for number in numbers])
+        mask = torch.arange(int(lengths.max())).flip(0) < lengths[:, None]  # (Q, P), left-padded
+        ids = torch.tensor(numbers)[:, None] * mask
+        return Prompts(ids, mask, mask.long().cumsum(1) - 1, [{} for _ in numbers])
+
+
+def one_by_one(size, prompts_per_step, seed, long) -> Iterator[tuple[list[int], dict[str, int], list[int]]]:
+    """What the loader must do, an example at a time: (batch, state after it, everything read so far)."""
+    epoch = position = kept = skipped = 0
+    read = []
+    while True:
+        batch = []
+        while len(batch) < prompts_per_step:
+            if position == size:
+                if kept == 0:
+                    raise ValueError("all prompts are too long")
+                epoch, position, kept = epoch + 1, 0, 0
+            index = int(np.random.default_rng([seed, epoch]).permutation(size)[position])
+            position += 1
+            read.append(index)
+            if index in long:
+                skipped += 1
+            else:
+                kept += 1
+                batch.append(index)
+        state = {"epoch": epoch, "position": position, "kept": kept, "skipped": skipped, "size": size}
+        yield batch, state, list(read)
+
+
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(sorted)  # prompts a step, examples
+
+
+@given(sizes=SIZES, seed=st.integers(0, 99), long=st.sets(st.integers(0, 8)), steps=st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+def test_batches_and_states_equal_those_of_one_by_one(sizes, seed, long, steps):
+    """Full batches in the shuffled order, across epochs; long prompts skipped and counted; each encoded once."""
+    prompts_per_step, size = sizes
+    long -= {size - 1}  # at least one prompt is short enough
+    encode, expected = Encoder(long), one_by_one(size, prompts_per_step, seed, long)
+    batches = loader(size, prompts_per_step, seed, encode, max_prompt_length=8)
+    for _ in range(steps):
+        batch, state, read = next(expected)
+        examples, prompts = next(batches)
+        assert [index_of(example) for example in examples] == batch
+        assert prompts.lengths == [1 + index % 3 for index in batch]
+        assert prompts.ids[:, -1].tolist() == batch
+        assert prompts.ids.shape[1] == max(prompts.lengths)
+        assert batches.state_dict() == state
+        assert batches.skipped == state["skipped"] and batches.epoch == state["epoch"] + state["position"] / size
+    batches.close()  # waits for the next batch if its preparation has begun
+    assert batches.state_dict() == state
+    assert encode.read in (read, next(expected)[2])
+
+
+def test_the_state_is_that_of_the_batch_handed_out():
+    """Although the next batch is already prepared."""
+    encode, second = Encoder(), threading.Event()
+
+    def signalling(examples):
+        if encode.read:
+            second.set()
+        return encode(examples)
+
+    steps = loader(10, 4, encode=signalling)
+    first = indices(next(steps))
+    assert second.wait(60)
+    steps.close()  # waits for the second batch
+    assert len(encode.read) == 8 and encode.read[:4] == first
+    assert steps.state_dict() == {"epoch": 0, "position": 4, "kept": 4, "skipped": 0, "size": 10}
+    assert steps.epoch == pytest.approx(0.4)
+
+
+@given(sizes=SIZES, seed=st.integers(0, 99), long=st.sets(st.integers(0, 8)), done=st.integers(0, 6))
+@settings(max_examples=25, deadline=None)
+def test_a_loader_resumes_from_any_state(sizes, seed, long, done):
+    prompts_per_step, size = sizes
+    long -= {size - 1}  # at least one prompt is short enough
+    uninterrupted, resumed = (loader(size, prompts_per_step, seed, Encoder(long), 8) for _ in range(2))
+    for _ in range(done):
+        next(uninterrupted)
+    state = json.loads(json.dumps(uninterrupted.state_dict()))
+    assert all(type(value) is int for value in state.values())
+    next(resumed)  # which must not matter
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    for _ in range(4):
+        (examples, prompts), (expected_examples, expected) = next(resumed), next(uninterrupted)
+        assert [example.id for example in examples] == [example.id for example in expected_examples]
+        assert prompts.ids.tolist() == expected.ids.tolist()
+        assert (resumed.epoch, resumed.skipped) == (uninterrupted.epoch, uninterrupted.skipped)
+    resumed.close(), uninterrupted.close()
+
+
+def test_every_epoch_has_each_example_once_in_another_order():
     examples = loader(prompts_per_step=1)
-    epochs = [[ids(next(examples))[0] for _ in range(10)] for _ in range(3)]
-    assert all(len(set(epoch)) == 10 for epoch in epochs)
+    epochs = [[indices(next(examples))[0] for _ in range(10)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_steps_are_full_and_flow_over_the_end_of_an_epoch():
+def test_batches_are_full_and_cross_the_end_of_an_epoch():
     steps, one_by_one = loader(prompts_per_step=4), loader(prompts_per_step=1)
-    batches = [ids(next(steps)) for _ in range(10)]
+    batches = [indices(next(steps)) for _ in range(10)]
     assert all(len(batch) == 4 for batch in batches)
-    assert list(chain(*batches)) == [ids(next(one_by_one))[0] for _ in range(40)]
+    assert list(chain(*batches)) == [indices(next(one_by_one))[0] for _ in range(40)]
 
 
 def test_order_depends_on_the_seed_alone():
-    first = ids(next(loader(seed=1)))
+    first = indices(next(loader(seed=1)))
     np.random.seed(5)
-    assert ids(next(loader(seed=1))) == first
-    assert ids(next(loader(seed=2))) != first
+    assert indices(next(loader(seed=1))) == first
+    assert indices(next(loader(seed=2))) != first
+
+
+def test_without_encode_the_order_is_the_same():
+    encoded, plain = loader(encode=Encoder()), loader()
+    for _ in range(6):
+        (examples, prompts), (expected, nothing) = next(encoded), next(plain)
+        assert [example.id for example in examples] == [example.id for example in expected]
+        assert nothing is None and len(prompts) == 4
+        assert encoded.state_dict() == plain.state_dict()
+    encoded.close()
 
 
 def test_epoch_and_steps_per_epoch():
@@ -438,34 +619,26 @@ def test_epoch_and_steps_per_epoch():
     assert loader(size=4, prompts_per_step=4).steps_per_epoch == 1
 
 
-@pytest.mark.parametrize("done", [0, 1, 2, 3, 5, 7])
-def test_a_restored_loader_goes_on_where_it_was(done):
-    def keep(example):
-        return not example.id.endswith("3")
-
-    interrupted, uninterrupted = loader(seed=3, keep=keep), loader(seed=3, keep=keep)
-    for _ in range(done):
-        next(interrupted), next(uninterrupted)
-    state = json.loads(json.dumps(interrupted.state_dict()))
-    assert all(type(value) is int for value in state.values())
-    resumed = loader(seed=3, keep=keep)
-    next(resumed)  # whatever it did before is forgotten
-    resumed.load_state_dict(state)
-    for _ in range(6):
-        assert ids(next(resumed)) == ids(next(uninterrupted))
-        assert resumed.epoch == uninterrupted.epoch
-        assert resumed.skipped == uninterrupted.skipped
+def test_without_a_limit_no_prompt_is_too_long():
+    steps = loader(encode=Encoder(long=range(10)))
+    assert all(len(indices(next(steps))) == 4 for _ in range(5)) and steps.skipped == 0
+    steps.close()
 
 
-def test_a_restored_loader_knows_that_its_epoch_was_of_use():
-    """The rest of an epoch may be left out; only an epoch of which nothing was kept is an error."""
-    interrupted = loader(size=10, prompts_per_step=3)
+def test_an_epoch_with_one_short_prompt_is_no_error_on_resuming():
+    """The rest of an epoch may be too long; only an epoch of nothing but long prompts is an error."""
+    interrupted = loader(10, 3)
+    first = indices(next(interrupted))
+    order = list(chain(first, *(indices(next(interrupted)) for _ in range(2))))
+    assert len(set(order)) == 9
+    encode = Encoder(long=set(range(10)) - set(first))
+    resumed = loader(10, 3, encode=encode, max_prompt_length=8)
+    interrupted = loader(10, 3)
     next(interrupted)
-    seen = []
-    resumed = loader(size=10, prompts_per_step=3, keep=lambda example: len(seen) > 7 or bool(seen.append(example)))
     resumed.load_state_dict(interrupted.state_dict())
-    assert len(next(resumed)) == 3
-    assert resumed.skipped == len(seen) == 8
+    assert sorted(indices(next(resumed))) == sorted(first)
+    assert resumed.skipped >= 7 and resumed.state_dict()["epoch"] == 1
+    resumed.close()
 
 
 def test_state_of_another_dataset_is_refused():
@@ -473,32 +646,63 @@ def test_state_of_another_dataset_is_refused():
         loader(size=12).load_state_dict(loader(size=10).state_dict())
 
 
-def test_examples_that_are_not_kept_are_left_out_and_counted():
-    steps = loader(size=10, prompts_per_step=2, keep=lambda example: int(example.id.split("-")[-1]) % 2 == 0)
-    seen = list(chain(*(ids(next(steps)) for _ in range(10))))
-    assert set(seen) == {f"arithmetic-train-0-{i}" for i in (0, 2, 4, 6, 8)}
-    assert all(seen.count(name) == 4 for name in seen)
-    assert 15 <= steps.skipped <= 20  # five in each epoch but, perhaps, some at the end of the fourth
+def test_long_prompts_are_skipped_once_in_each_epoch():
+    steps = loader(10, 2, encode=Encoder(long=range(1, 10, 2)), max_prompt_length=8)
+    seen = list(chain(*(indices(next(steps)) for _ in range(10))))
+    steps.close()
+    assert set(seen) == {0, 2, 4, 6, 8}
+    assert all(seen.count(index) == 4 for index in seen)
+    assert 15 <= steps.skipped <= 20  # five in each epoch; those at the end of the fourth may not have come up
 
 
-def test_an_epoch_in_which_nothing_was_kept_is_an_error():
-    """Without it, a loader whose prompts are all too long would search forever."""
-    with pytest.raises(ValueError, match="all 10 training examples were left out"):
-        next(loader(keep=lambda example: False))
-    kept = []
-    steps = loader(prompts_per_step=1, keep=lambda example: len(kept) < 3 and not kept.append(example))
-    for _ in range(3):
-        next(steps)
-    with pytest.raises(ValueError, match="all 10 training examples were left out"):
-        next(steps)
+def test_an_epoch_of_long_prompts_is_an_error():
+    """Without the error, the loader would search forever."""
+    encode = Encoder(long=range(10))
+    with pytest.raises(ValueError, match="all 10 training prompts are longer than --max_prompt_length"):
+        next(loader(encode=encode, max_prompt_length=8))
+    assert sorted(encode.read) == list(range(10))
+    encode = Encoder()
+    steps = loader(prompts_per_step=1, encode=lambda examples: encode(examples), max_prompt_length=8)
+    first = indices(next(steps))
+    encode.long = set(range(10))  # from now on, that is after at most one more batch was prefetched
+    seen = [first]
+    with pytest.raises(ValueError, match="all 10 training prompts"):
+        while len(seen) < 5:
+            seen.append(indices(next(steps)))
+    assert len(seen) <= 2
+    steps.close()
+
+
+def test_an_error_while_prefetching_is_raised_with_its_batch():
+    encode, broken = Encoder(), threading.Event()
+
+    def breaking(examples):
+        if len(encode.read) == 10:  # the third batch
+            broken.set()
+            raise OSError("the disk is gone")
+        return encode(examples)
+
+    steps, expected = loader(prompts_per_step=5, encode=breaking), loader(prompts_per_step=5)
+    for _ in range(2):
+        assert indices(next(steps)) == indices(next(expected))
+    assert broken.wait(60)
+    state = steps.state_dict()
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(steps)
+    assert steps.state_dict() == state == expected.state_dict()
+    encode.read.append(-1)  # no further error
+    steps.load_state_dict(state)
+    assert indices(next(steps)) == indices(next(expected))
+    steps.close()
 
 
 @pytest.mark.parametrize(
     ("size", "prompts_per_step", "message"), [(3, 4, "3 training examples are too few"), (3, 0, "at least 1 prompt")]
 )
-def test_steps_that_cannot_be_filled_are_refused(size, prompts_per_step, message):
+def test_batches_that_cannot_be_filled_are_refused(size, prompts_per_step, message):
     with pytest.raises(ValueError, match=message):
-        loader(size=size, prompts_per_step=prompts_per_step)
+        loader(size, prompts_per_step)
 
 
 def test_the_test_set_is_the_same_for_every_seed():
@@ -508,23 +712,27 @@ def test_the_test_set_is_the_same_for_every_seed():
     assert tests[0] == tests[1]
     assert len(tests[0]) == 5
     assert loaders[0][1].seed == EVAL_SEED
-    batches = [next(train) for train, _ in loaders]
-    assert {example.answer for example in batches[0]} != {example.answer for example in batches[1]}
+    answers = [{example.answer for example in next(train)[0]} for train, _ in loaders]
+    assert answers[0] != answers[1]
 
 
 def test_evaluating_does_not_move_the_loader():
     alone, (beside, test) = loader(size=20), get_dataloaders("arithmetic", 4, 20, 5)
     for _ in range(8):
-        assert ids(next(beside)) == ids(next(alone))
+        assert indices(next(beside)) == indices(next(alone))
         [test[i] for i in range(len(test))]
 
 
-def test_modules_are_light():
-    """The flags are checked and help is shown before torch or transformers take seconds to import."""
+@pytest.mark.slow
+def test_no_task_imports_torch_or_transformers():
+    """Flags are checked, and help is shown, before torch and transformers are imported, which takes seconds."""
     program = """
 import sys, arithmetic_generator, clock_image_generator, correlation_generator, evaluator, rldatasets
-evaluator.get_evaluator("clock").predict("08:15:30")
-rldatasets.get_dataset("clock", "train", 1)[0]
+for name in evaluator.EVALUATORS:
+    scorer = evaluator.get_evaluator(name)
+    scorer.predict(scorer.gold)
+    if not rldatasets.DATASETS[name].reads_files:
+        rldatasets.get_dataset(name, "train", 1)[0]
 print([name for name in ("torch", "transformers", "datasets", "pyarrow", "matplotlib") if name in sys.modules])
 """
     assert run_python(program).strip() == "[]"

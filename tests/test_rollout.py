@@ -8,7 +8,8 @@ import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import EOS, FAMILIES, GENERATION, VISION, plain_inputs, question, questions
+from sampling import FAMILIES, TEMPERATURES, VISION
+from small_models import EOS, GENERATION, plain_inputs, question, questions
 
 import rollout as rollout_module
 from llms import Prompts, encode_prompts
@@ -47,7 +48,7 @@ def assert_logps_are_the_trainers(llm, rollout, temperature=1.0):
 # Contract 1: the sampler's log-probabilities are the trainer's
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampler_and_trainer_agree(load, family, temperature):
     llm = load(family)
@@ -154,7 +155,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> tuple[float
     return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
 def test_sampled_tokens_have_the_models_distribution(load, family, temperature):
     """The top-k, top-p, temperature and penalty of the model's generation config change nothing."""
@@ -174,7 +175,7 @@ def test_sampled_tokens_have_the_models_distribution(load, family, temperature):
     assert off > freedom + 5 * (2 * freedom) ** 0.5  # a temperature 20 % off is detected
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_later_tokens_have_the_models_distribution(load, family, temperature):
     """The mean log-probability of samples is minus the entropy; of samples from another distribution it is not."""
@@ -267,7 +268,7 @@ def many_questions():
     return [question("".join(random.Random(n).choices(letters, k=5 + n))) for n in range(33)]
 
 
-@pytest.mark.parametrize("look_every", [1, 5, 16])
+@pytest.mark.parametrize("look_every", sampling.slow([1, 5, 16], 5))
 def test_removing_finished_rows_changes_nothing(load, monkeypatch, either_decoder, look_every):
     """33 rows that end at many different tokens, decoded with and without removing those that have ended.
 
