@@ -1,4 +1,4 @@
-"""Models of every family load, what cannot be used is refused in one line, and prompts are encoded and padded."""
+"""Models of every family load, and what cannot be used is refused in one line."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ import pytest
 import torch
 import transformers
 from other_process import run_python
-from sampling import FAMILIES, VISION, draw, gradients
-from small_models import EOS, TEXT, question, questions
+from sampling import FAMILIES, draw, gradients
+from small_models import EOS, TEXT
 
 import llms
-import tiny_models
 from config import parse_args
-from llms import ModelError, Prompts, encode_prompts, load_llm
+from llms import ModelError, load_llm
 from logprobs import token_logps
+from prompts import encode_prompts
 from rldatasets import get_dataset
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,8 @@ def test_refuses_qwen_vl_chat_and_names_its_successor():
         assert "--model_path Qwen/Qwen2.5-VL-3B-Instruct" in refusal(name)
 
 
-def test_refuses_remote_code(tmp_path):
+def test_refuses_remote_code(model_folder, tmp_path):
+    shutil.copy(model_folder("qwen2") / "model.safetensors", tmp_path)
     code = "raise SystemExit('executed')\n"
     (tmp_path / "code.py").write_text(code)
     config = {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
@@ -200,20 +201,21 @@ def test_hub_token_is_read_from_the_environment(model_folder, monkeypatch, varia
     assert passed["AutoModelForImageTextToText"]["use_safetensors"] is True
 
 
-def test_refuses_a_picture_for_a_text_model(load):
-    with pytest.raises(ModelError, match="reads text only"):
-        encode_prompts(load("qwen2"), questions("qwen2_vl"))
-
-
 def test_refuses_an_unsupported_output_layer(load, model_folder, tmp_path):
-    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "logits_scaling": 8.0}))  # as Granite has
-    assert "logits_scaling" in refusal(folder)
-    llm = load("llama")
-    llm.model.lm_head.bias = torch.nn.Parameter(torch.ones(llm.model.lm_head.out_features))  # as Phi has
+    """Granite and Cohere scale their logits, Phi adds a bias: the log-probabilities would be wrong."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": 0}
+    granite = transformers.GraniteConfig(**sizes, logits_scaling=8.0)
+    cohere = transformers.CohereConfig(**sizes, logit_scale=0.0625)
+    for config in (granite, cohere):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        assert "logits" in refusal(folder)
+    llm = load("llama", "float32")
+    llm.model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 1, llm.model.lm_head.out_features))
     with pytest.raises(ModelError, match="output embedding"):
-        llms.refuse_unknown_head(llm.model, "phi")
+        llms.check_numbers(llm)
 
 
 def unfit(llm, task, *flags) -> str:
@@ -278,89 +280,3 @@ def test_saved_model_loads_in_transformers(load, family, tmp_path):
     assert llms.load_llm(tmp_path, "cpu").eos_token_ids == llm.eos_token_ids
     saved = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert saved < 1.2 * sum(weight.numel() * 4 for weight in llm.model.parameters())  # no storage written twice
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-def test_masks_come_from_lengths_not_from_pad_ids(load):
-    """These tokenizers pad with the end-of-sequence token, which the chat template also writes into every prompt."""
-    llm = load("qwen2")
-    assert llm.pad_token_id == llm.tokenizer.eos_token_id == 0
-    prompts = encode_prompts(llm, questions("qwen2"))
-    for row, example in enumerate(questions("qwen2")):
-        ids = llm.tokenizer(llms.chat_text(llm, example))["input_ids"]
-        assert 0 in ids  # an end token that is no padding
-        assert prompts.ids[row][prompts.mask[row]].tolist() == ids
-        assert not prompts.mask[row, : -len(ids)].any() and prompts.mask[row, -len(ids) :].all()
-        assert prompts.positions[row][prompts.mask[row]].tolist() == list(range(len(ids)))
-
-
-def test_chat_text_ends_where_the_assistant_begins(load):
-    text = llms.chat_text(load("qwen2"), question("7 + 5 ="))
-    assert text == f"<|user|>7 + 5 ={tiny_models.END}<|assistant|>"
-    text = llms.chat_text(load("qwen2_vl"), questions("qwen2_vl")[1])
-    assert text.count("<|image_pad|>") == 2
-
-
-def test_without_chat_template_the_prompt_is_plain_text(load):
-    llm = load("qwen2")
-    llm.tokenizer.chat_template = None
-    assert llms.chat_text(llm, question("7 + 5 =")) == "7 + 5 =\n\n"
-
-
-@pytest.mark.parametrize("family", VISION)
-def test_pictures_fill_their_number_of_tokens(load, family):
-    llm = load(family)
-    prompts = encode_prompts(llm, [*questions(family), question("No picture at all.")])
-    image = llm.model.config.image_token_id
-    for ids, one in zip(prompts.ids, prompts.vision, strict=True):
-        merged = one["image_grid_thw"].prod(1).sum() // 4 if one else 0
-        assert (ids == image).sum() == merged
-    assert [len(one["image_grid_thw"]) if one else 0 for one in prompts.vision] == [1, 2, 1, 0]
-    assert len({int((ids == image).sum()) for ids in prompts.ids}) == 4  # pictures of different sizes
-
-
-@pytest.mark.parametrize("family", VISION)
-def test_encoding_together_equals_encoding_alone(load, family):
-    """Each keeps its own pictures, of which there are none, one or two."""
-    llm = load(family)
-    examples = [question("Nothing to see."), *questions(family)]
-    together = encode_prompts(llm, examples)
-    for row, example in enumerate(examples):
-        one, alone = together.select([row]), encode_prompts(llm, [example])
-        assert torch.equal(one.ids, alone.ids) and torch.equal(one.positions, alone.positions)
-        assert one.vision[0].keys() == alone.vision[0].keys()
-        assert all(torch.equal(one.vision[0][name], tensor) for name, tensor in alone.vision[0].items())
-
-
-def assert_same_prompts(one: Prompts, other: Prompts):
-    assert torch.equal(one.mask, other.mask)
-    assert torch.equal(one.ids, other.ids)
-    assert torch.equal(one.positions, other.positions)
-    assert torch.equal(one.next_positions(), other.next_positions())
-    for here, there in zip(one.vision, other.vision, strict=True):
-        assert here.keys() == there.keys()
-        assert all(torch.equal(here[name], tensor) for name, tensor in there.items())
-
-
-@pytest.mark.parametrize("family", ["qwen2", *VISION])
-def test_concatenating_prompts_equals_encoding_together(load, family):
-    """With prompts of different lengths first, and with parts that have no picture."""
-    llm = load(family)
-    examples = [question("Hm?"), *questions(family), question("A question that is longer than the others are, by far.")]
-    together = encode_prompts(llm, examples)
-    for cuts in ([1], [4], [2, 3], [1, 2, 3, 4], []):
-        bounds = list(zip([0, *cuts], [*cuts, 5], strict=True))
-        assert_same_prompts(Prompts.cat([encode_prompts(llm, examples[a:b]) for a, b in bounds]), together)
-        assert_same_prompts(Prompts.cat([together.select(list(range(a, b))) for a, b in bounds]), together)
-
-
-def test_selecting_prompts_drops_common_padding(load):
-    llm = load("qwen2_vl")
-    examples = questions("qwen2_vl")
-    prompts = encode_prompts(llm, examples)
-    order = sorted(range(3), key=lambda i: prompts.lengths[i])
-    for index in (order[:1], order[:2][::-1], order[::-1]):
-        assert_same_prompts(prompts.select(index), encode_prompts(llm, [examples[i] for i in index]))

@@ -480,7 +480,7 @@ class Encoder:
     def __call__(self, examples):
         import torch
 
-        from llms import Prompts
+        from prompts import Prompts
 
         numbers = [index_of(example) for example in examples]
         self.read += numbers

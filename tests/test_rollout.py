@@ -12,8 +12,8 @@ from sampling import FAMILIES, TEMPERATURES, VISION
 from small_models import EOS, GENERATION, plain_inputs, question, questions
 
 import rollout as rollout_module
-from llms import Prompts, encode_prompts
 from logprobs import token_logps, token_logps_and_entropy
+from prompts import Prompts, encode_prompts
 from rollout import Decoder, FusedDecoder, Rollout, Sampler, halve_to
 
 draw = functools.partial(sampling.draw, generations=8, length=24)
@@ -114,12 +114,19 @@ def test_only_the_given_eos_ids_end_a_completion(load):
     ).any()  # the ids of the generation config no longer end it
 
 
-def test_texts_are_the_tokens_without_special_ones(load):
+def test_texts_are_the_tokens_without_end_and_padding(load):
+    """Other special tokens stay: the tags of a format may be among them."""
     llm = load("qwen2")
     rollout = draw(llm, "qwen2")
+    ends = {llm.pad_token_id, *llm.eos_token_ids}
     for text, ids, mask in zip(rollout.texts, rollout.completion_ids, rollout.completion_mask, strict=True):
-        assert text == llm.tokenizer.decode(ids[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert "<|" not in text
+        kept = [token for token in ids[mask].tolist() if token not in ends]
+        assert text == llm.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+    special = [i for i in llm.tokenizer.all_special_ids if i not in ends]
+    letter = llm.tokenizer.convert_tokens_to_ids("e")
+    assert special and letter not in ends
+    expected = llm.tokenizer.convert_ids_to_tokens(special[0]) + "e"
+    assert rollout_module.decode_texts(llm, [[special[0], letter, EOS[0], llm.pad_token_id]]) == [expected]
 
 
 def test_shapes_and_group_order(load):
