@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
@@ -46,7 +46,7 @@ class Example:
 
     id: str  # unique, usable as a file name: "clock-train-0-17"
     messages: list[dict]  # chat format: a system message and a user message
-    images: list[Image.Image]
+    images: list[Image.Image]  # RGB, as the model sees them
     answer: str  # in the form that the task's evaluator reads: "08:15:30", "-0.42", "72"
 
 
@@ -86,6 +86,7 @@ class Dataset(ABC):
         name = f"{self.name}-{self.split}-{self.seed}-{index}"
         try:
             question, images, answer = self.make(index)
+            images = [as_rgb(image) for image in images]
         except Exception as error:
             raise ValueError(f"the example {name} cannot be made: {error!r}") from error
         placeholders = [{"type": "image"} for _ in images]
@@ -95,7 +96,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def make(self, index: int) -> tuple[str, list[Image.Image], str]:
-        """Question, pictures and right answer of an example."""
+        """Question, pictures (of any mode) and right answer of an example."""
 
     def solution(self, index: int) -> str:
         """The reasoning that leads to the answer, for a supervised warm-up; empty if the task has none."""
@@ -114,6 +115,31 @@ def split_of(key: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Vision
 # ---------------------------------------------------------------------------------------------------------------------
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in 8-bit RGB, upright, transparent parts on white, more than 8 bits of grey scaled to 8.
+
+    The modes I and F (32-bit integers and floats) have no fixed range: white is 255 or, if a value is larger, 65535;
+    with floats of at most 1, white is 1.
+
+    Raises:
+        ValueError: values below 0, above 65535 or NaN.
+        OSError: the picture's file cannot be read.
+    """
+    picture.load()  # reads and closes the file that a task may have opened
+    picture = ImageOps.exif_transpose(picture)  # upright, as a camera was held
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        values = np.asarray(picture, dtype=float)  # (height, width)
+        whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(picture.mode, (65535,))  # (65535,): I;16
+        white = next((white for white in whites if values.max() <= white), None)
+        if white is None or values.min() < 0:
+            raise ValueError(f"its grey values are from {values.min():g} to {values.max():g}, not from 0 to 65535")
+        picture = Image.fromarray(np.round(values * 255 / white).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
 @functools.cache
 def clock_times(split: str, second_hand: bool) -> list[int]:
     """The times of a split, in seconds after 12 o'clock; whole minutes only where there is no second hand."""
@@ -199,6 +225,9 @@ def gold_number(answer: str) -> str:
     return gold if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", gold) else ""
 
 
+GSM8K = "openai/gsm8k"  # on the hub
+
+
 class GSM8KDataset(WordProblems):
     """Grade-school word problems (Cobbe et al., 2021) in their official splits: `openai/gsm8k`, or a local copy.
 
@@ -222,15 +251,42 @@ class GSM8KDataset(WordProblems):
 
 
 def load_hub_rows(split: str) -> list[dict]:
-    """The rows of a split of `openai/gsm8k`, from the hub or its cache on this machine."""
-    import datasets  # takes seconds to import, and only this function needs it
+    """The rows of a split of `openai/gsm8k`, from the hub or its cache on this machine.
+
+    Raises:
+        ConnectionError: neither gives them; the message is one line.
+    """
+    trouble = ""
+    try:
+        import datasets  # takes seconds to import, and only this function needs it
+
+        if not datasets.config.HF_HUB_OFFLINE:
+            trouble = hub_trouble()
+            datasets.config.HF_HUB_OFFLINE = bool(trouble)  # then only the cache is read
+        table = datasets.load_dataset(GSM8K, "main", split=split)
+    except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow or json
+        reason = trouble or str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConnectionError(f"GSM8K could not be loaded ({reason}); give a local copy with --dataset_path") from error
+    return checked_rows(enumerate(table, 1), f"{GSM8K} ({split}), row")
+
+
+def hub_trouble(seconds: float = 5.0) -> str:
+    """Why the hub cannot give GSM8K, or "". One quick request; `datasets` would wait minutes for a silent hub."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session
 
     try:
-        table = datasets.load_dataset("openai/gsm8k", "main", split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConnectionError(f"GSM8K could not be loaded ({reason}); give a local copy with --dataset_path") from error
-    return checked_rows(table, f"openai/gsm8k ({split}), row")
+        url = f"{constants.ENDPOINT}/api/datasets/{GSM8K}"
+        response = get_session().get(url, headers=build_hf_headers(), timeout=seconds)
+    except Exception as error:  # the HTTP library has its own exception types
+        return f"{constants.ENDPOINT} does not answer: {type(error).__name__}"
+    if response.status_code != 200:
+        return f"{constants.ENDPOINT} answers with the status {response.status_code}"
+    try:
+        response.json()
+    except ValueError:
+        return f"{constants.ENDPOINT} answers with a page that is not the hub's, perhaps a login page"
+    return ""
 
 
 def load_local_rows(path: Path, split: str) -> list[dict]:
@@ -257,19 +313,26 @@ def load_local_rows(path: Path, split: str) -> list[dict]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSONL file in UTF-8, UTF-16 or UTF-32, with or without byte order marks, blank lines and any line
+    ends."""
+
     def parse(line: str, number: int) -> object:
         try:
             return json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
 
+    raw = path.read_bytes()
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")  # splitlines() would also split inside of texts
+        text = raw.decode(json.detect_encoding(raw))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8") from error
-    if lines == [""]:
+    # str.splitlines() would also split inside of texts; files that were joined have byte order marks between lines
+    lines = [line.strip("\ufeff \t") for line in re.split(r"\r\n|\r|\n", text)]
+    rows = [(number, parse(line, number)) for number, line in enumerate(lines, 1) if line]
+    if not rows:
         raise ValueError(f"{path} is empty")
-    return checked_rows((parse(line, number) for number, line in enumerate(lines, 1)), f"{path}, line")
+    return checked_rows(rows, f"{path}, line")
 
 
 def read_parquet(path: Path) -> list[dict]:
@@ -279,17 +342,19 @@ def read_parquet(path: Path) -> list[dict]:
         table = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is not a readable parquet file") from error
-    return checked_rows(table, f"{path}, row")
+    return checked_rows(enumerate(table, 1), f"{path}, row")
 
 
-def checked_rows(rows: Iterable, place: str) -> list[dict]:
-    """The rows, if each has GSM8K's form; else a ValueError that names `place` and the number of the row, from 1."""
+def checked_rows(numbered_rows: Iterable[tuple[int, object]], place: str) -> list[dict]:
+    """The rows, if each has GSM8K's form; else a ValueError that names `place` and the number of the row."""
     checked = []
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered_rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
             raise ValueError(f'{place} {number}: expected an object with the texts "question" and "answer"')
         if not row["question"].strip():
             raise ValueError(f"{place} {number}: the question is empty")
+        if re.search("[\ud800-\udfff]", row["question"] + row["answer"]):
+            raise ValueError(f"{place} {number}: a text has half of a surrogate pair, which is no character")
         if not gold_number(row["answer"]):
             raise ValueError(f"{place} {number}: the answer does not end with '#### ' and a number")
         checked.append({"question": row["question"], "answer": row["answer"]})

@@ -1,26 +1,36 @@
 """Examples are pure functions of (split, seed, index), train and test are disjoint, and the loader resumes exactly."""
 
+import codecs
 import hashlib
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_hub import bad_hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_process import ROOT, run_python
+from PIL import Image
 
+import rldatasets
+from clock_image_generator import ClockImageGenerator
 from evaluator import EVALUATORS, asked_format, get_evaluator
 from rldatasets import (
     DATASETS,
     EVAL_SEED,
     SPLITS,
+    Dataset,
     GSM8KDataset,
     TrainLoader,
     clock_times,
@@ -293,6 +303,128 @@ def test_arithmetic_solutions_lead_to_the_answer():
         assert user_text(example).startswith(dataset.row(index)["question"])
 
 
+class Pictures(Dataset):
+    """A task that shows whatever picture it is given."""
+
+    name = "pictures"
+    modality = "vision"
+    given: Image.Image
+
+    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        return "What is it?", [self.given], "?"
+
+
+def shown(picture: Image.Image) -> np.ndarray:
+    """(height, width, 3) of the picture that an example keeps."""
+    task = Pictures("train", 1)
+    task.given = picture
+    (image,) = task[0].images
+    assert image.mode == "RGB" and not image.has_transparency_data
+    return np.asarray(image)
+
+
+def from_file(picture: Image.Image, format: str, **options) -> Image.Image:
+    """The picture, written to a file and opened again."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16)  # every 8-bit grey
+
+
+@pytest.mark.parametrize(
+    ("mode", "file"),
+    [("I;16", None), ("I;16B", None), ("I;16L", None), ("I;16N", None), ("I;16", "PNG"), ("I;16B", "TIFF")],
+)
+def test_16_bit_grey_is_scaled_to_8_bits(mode, file):
+    """Pillow's own conversion cuts at 255, so such pictures became white."""
+    order = {"I;16B": ">u2", "I;16L": "<u2"}.get(mode, "=u2")
+    picture = Image.frombytes(mode, (16, 16), (RAMP * 257).astype(order).tobytes())
+    picture = from_file(picture, file) if file else picture
+    assert picture.mode == mode
+    assert (shown(picture) == RAMP[..., None]).all()
+
+
+def test_16_bit_grey_stays_dark_where_it_is_dark():
+    assert (shown(Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "white"),
+    [("I", RAMP, 255), ("I", RAMP * 257, 65535), ("F", RAMP, 255), ("F", RAMP / 255, 1), ("F", RAMP * 257, 65535)],
+)
+def test_32_bit_grey_is_scaled_by_its_range(mode, values, white):
+    assert values.max() == white
+    picture = Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
+    assert picture.mode == mode
+    assert (shown(picture) == RAMP[..., None]).all()
+
+
+@pytest.mark.parametrize("value", [-1.0, 65536.0, float("nan"), float("inf")])
+def test_grey_values_without_a_meaning_are_refused(value):
+    picture = Image.fromarray(np.array([[0.5, value]], dtype=np.float32))
+    with pytest.raises(ValueError, match="pictures-train-0-0 cannot be made"):
+        shown(picture)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "LA", "PA", "CMYK", "YCbCr", "HSV"])
+def test_pictures_of_any_mode_become_rgb(mode):
+    """An opaque picture in black and white looks the same in every mode."""
+    black_and_white = Image.fromarray((RAMP % 2 * 255).astype(np.uint8))
+    through = {"PA": "P", "HSV": "RGB", "RGBa": "RGBA"}.get(mode)  # Pillow has no direct conversion
+    picture = (black_and_white.convert(through) if through else black_and_white).convert(mode)
+    assert picture.mode == mode
+    assert np.abs(shown(picture).astype(int) - (RAMP % 2 * 255)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "TIFF", "WEBP", "JPEG", "BMP"])
+def test_pictures_from_files_become_rgb(format):
+    red = Image.new("RGB", (16, 16), (250, 10, 10))
+    assert np.abs(shown(from_file(red, format)).astype(int) - (250, 10, 10)).max() < 12
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB"])
+def test_transparent_parts_become_white(mode):
+    """As on a page; the hidden colour of such pixels is often black."""
+    if mode == "PA":
+        picture = Image.new("PA", (8, 8))
+        for place in np.ndindex(8, 8):
+            picture.putpixel(place, (0, 255 if place[0] < 4 else 0))
+    elif mode in ("RGBA", "LA"):
+        picture = Image.fromarray(np.zeros((8, 8, 4), dtype=np.uint8))
+        picture.paste((0, 0, 0, 255), (0, 0, 4, 8))  # the left half is black, the right one transparent
+        picture = picture.convert(mode)
+    else:
+        picture = Image.new("RGB", (8, 8), (1, 2, 3))
+        picture.paste((0, 0, 0), (0, 0, 4, 8))
+        picture = picture.quantize(2) if mode == "P" else picture
+        transparent = picture.getpixel((7, 7))
+        picture = from_file(picture, "PNG", transparency=transparent)
+    assert picture.mode == mode
+    found = shown(picture)
+    assert (found[:, :4] == 0).all() and (found[:, 4:] == 255).all()
+
+
+def test_pictures_are_turned_upright():
+    picture = Image.new("RGB", (8, 4), "white")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    assert shown(from_file(picture, "JPEG", exif=exif)).shape == (8, 4, 3)
+
+
+def test_a_truncated_picture_is_refused_by_the_name_of_its_example():
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="pictures-train-0-0 cannot be made"):
+        shown(Image.open(io.BytesIO(buffer.getvalue()[:2000])))
+
+
+def test_a_picture_in_rgb_keeps_its_bytes():
+    picture = ClockImageGenerator(56).generate(3, 4, 5)
+    assert (shown(picture) == np.asarray(picture)).all()
+
+
 def test_training_and_evaluation_sizes():
     assert (len(get_dataset("clock", "train")), len(get_dataset("clock", "test"))) == (4000, 512)
     assert len(get_dataset("clock", "train", 17)) == 17
@@ -349,7 +481,15 @@ GOOD = '{"question": "What is 1?", "answer": "It is.\\n#### 1"}\n'
         ("\n\n", "is empty"),
         (GOOD, "at least two"),
         (GOOD + "{not json}\n" + GOOD, "line 2: not valid JSON"),
-        (GOOD + "\n" + GOOD, "line 2: not valid JSON"),
+        (GOOD + "\n\n" + GOOD + "{not json}", "line 5: not valid JSON"),
+        ("\ufeff\n" + GOOD + "{not json}", "line 3: not valid JSON"),
+        (GOOD.replace("\n", "\r") + "{not json}", "line 2: not valid JSON"),
+        (GOOD + "\n" + '{"question": "What?", "answer": "1"}', "line 3: the answer does not end"),
+        (GOOD.replace("}", "},") + GOOD, "line 1: not valid JSON"),
+        (GOOD.replace("}", ",}") + GOOD, "line 1: not valid JSON"),
+        ("[\n" + GOOD + "]", "line 1: not valid JSON"),
+        ("[" + GOOD.strip() + "]", "line 1: expected an object"),
+        (GOOD + '{"question": "\\ud83d?", "answer": "#### 1"}', "line 2: a text has half of a surrogate pair"),
         (GOOD + GOOD + '["a list"]', 'line 3: expected an object with the texts "question" and "answer"'),
         (GOOD + '{"question": "What is 1?"}', "line 2: expected an object"),
         (GOOD + '{"question": 1, "answer": "#### 1"}', "line 2: expected an object"),
@@ -369,12 +509,44 @@ def test_malformed_files_are_refused_with_the_line(tmp_path, text, message):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not a text file"):
-        get_dataset("gsm8k", "train", path=str(tmp_path / "data.jsonl"))
+    broken = b"\xff\xfe\x00", GOOD.encode() + b"\xff", codecs.BOM_UTF8 + b"\xc3(", "Äpfel".encode("latin-1")
+    for data in broken:
+        (tmp_path / "data.jsonl").write_bytes(data)
+        with pytest.raises(ValueError, match=r"data\.jsonl is not a text file"):
+            get_dataset("gsm8k", "train", path=str(tmp_path / "data.jsonl"))
     (tmp_path / "train.parquet").write_bytes(b"PAR1 or not")
     with pytest.raises(ValueError, match=r"train\.parquet is not a readable parquet file"):
         get_dataset("gsm8k", "train", path=str(tmp_path))
+
+
+PROBLEM = {"question": "Wie viele Äpfel? 🍎\u2028Zwei.", "answer": "Zwei.\n#### 2"}
+LINE = json.dumps(PROBLEM, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_files_of_any_unicode_encoding_and_line_end_are_read(tmp_path, encoding, end):
+    (tmp_path / "train.jsonl").write_bytes(f"{LINE}{end}{LINE}{end}".encode(encoding))
+    dataset = get_dataset("gsm8k", "train", path=str(tmp_path))
+    assert len(dataset) == 2
+    assert all(dataset.row(index) == PROBLEM for index in range(2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"\n{LINE}\n\n\n{LINE}\n\n",
+        f"{LINE}\n  \t\n{LINE}",
+        f"\ufeff{LINE}\n\ufeff{LINE}\n",  # two files with a byte order mark each, joined
+        f"\ufeff\ufeff{LINE}\n{LINE}\n\ufeff",
+        f"\r\n{LINE}\r\n\r\n{LINE}\r\n",
+        f"  {LINE}\t\n\t{LINE} \n",
+    ],
+)
+def test_blank_lines_and_byte_order_marks_are_skipped(tmp_path, text):
+    (tmp_path / "train.jsonl").write_bytes(text.encode())
+    dataset = get_dataset("gsm8k", "train", path=str(tmp_path))
+    assert [dataset.row(index) for index in range(len(dataset))] == [PROBLEM] * 2
 
 
 def test_separators_inside_a_text_do_not_end_its_line(tmp_path):
@@ -391,29 +563,122 @@ def test_missing_files_are_refused(tmp_path):
         get_dataset("gsm8k", "train", path=str(tmp_path))
 
 
-@pytest.mark.slow
-def test_an_unreachable_hub_is_one_clear_line(monkeypatch):
-    import datasets
-
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach the Hub\nand much more")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ConnectionError, match=r"Couldn't reach the Hub.*--dataset_path") as error:
+def refused_hub() -> str:
+    """The message that refuses GSM8K from a hub."""
+    with pytest.raises(ConnectionError) as error:
         get_dataset("gsm8k", "train")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "--dataset_path" in str(error.value)
+    return str(error.value)
 
 
-def test_gsm8k_from_the_hub_has_its_official_splits(monkeypatch):
+@pytest.fixture
+def working_hub(monkeypatch):
+    """-> a function that sets what the library does when it is asked for a data set, of a hub that answers."""
     import datasets
 
+    monkeypatch.setattr(rldatasets, "hub_trouble", lambda: "")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    return lambda load: monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+@pytest.mark.slow
+def test_any_error_of_the_hub_is_one_line(working_hub):
+    import datasets
+
+    class TimeoutOfAnHTTPLibrary(Exception):
+        pass
+
+    errors = [
+        ConnectionError("Couldn't reach the Hub\nand much more"),
+        FileNotFoundError("Couldn't find any data file"),
+        datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist on the Hub"),
+        datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset"),
+        TimeoutOfAnHTTPLibrary("timed out"),
+        json.JSONDecodeError("Expecting value", "<html>", 0),
+        KeyError("sha"),
+        AttributeError("'NoneType' object has no attribute 'siblings'"),
+        RuntimeError(),
+    ]
+    for error in errors:
+
+        def failing(*_, error=error, **__):
+            raise error
+
+        working_hub(failing)
+        expected = str(error).partition("\n")[0] or "RuntimeError"
+        assert expected in refused_hub()
+
+
+@pytest.mark.slow
+def test_gsm8k_from_the_hub_has_its_official_splits(working_hub):
     def hub(name, config, split):
         assert (name, config) == ("openai/gsm8k", "main")
         return [{"question": f"A {split} question?", "answer": "Because.\n#### 5"}] * {"train": 3, "test": 2}[split]
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
+    working_hub(hub)
     assert [len(get_dataset("gsm8k", split)) for split in SPLITS] == [3, 2]
     assert "A test question?" in user_text(get_dataset("gsm8k", "test")[0])
+
+
+LOAD_FROM_HUB = """
+import sys
+import rldatasets
+try:
+    print(len(rldatasets.get_dataset("gsm8k", "train")), len(rldatasets.get_dataset("gsm8k", "test")))
+except ConnectionError as error:
+    print(error)
+"""
+
+
+def load_from_hub(address: str, home: Path) -> str:
+    """What another process prints that loads GSM8K from a hub at this address, with its caches in `home`."""
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", LOAD_FROM_HUB]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("login", "login page"), ("redirect", "login page"), ("busy", "503"), ("silent", "Timeout"), (None, "Connect")],
+)
+def test_a_hub_that_does_not_work_is_one_line_soon(kind, reason, tmp_path):
+    """A login page in place of the hub, a hub that is busy, silent or not there."""
+    start = time.perf_counter()
+    if kind is None:
+        message = load_from_hub("http://127.0.0.1:9", tmp_path)  # no one listens at this port
+    else:
+        with bad_hub(kind) as address:
+            message = load_from_hub(address, tmp_path)
+    assert reason in message and "--dataset_path" in message and "\n" not in message
+    assert time.perf_counter() - start < 45
+
+
+@pytest.mark.slow
+def test_a_cached_gsm8k_is_used_while_the_hub_is_silent(tmp_path):
+    write_problems(tmp_path / "rows.jsonl", 3)
+    program = f"""
+import os
+os.environ["HF_HOME"] = {str(tmp_path)!r}
+import datasets
+rows = {str(tmp_path / "rows.jsonl")!r}
+builder = datasets.load_dataset_builder("json", data_files={{"train": rows, "test": rows}})
+builder.download_and_prepare()
+print(builder.cache_dir)
+"""
+    made = Path(run_python(program).splitlines()[-1])
+    cached = tmp_path / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / made.name  # as the hub's copy is kept
+    shutil.copytree(made, cached)
+    info = json.loads((cached / "dataset_info.json").read_text())
+    for name in SPLITS:
+        (cached / f"json-{name}.arrow").rename(cached / f"gsm8k-{name}.arrow")
+        info["splits"][name]["dataset_name"] = "gsm8k"
+    info |= {"builder_name": "parquet", "dataset_name": "gsm8k", "config_name": "main"}
+    (cached / "dataset_info.json").write_text(json.dumps(info))
+    with bad_hub("silent") as address:
+        assert load_from_hub(address, tmp_path) == "3 3"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
