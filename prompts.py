@@ -137,12 +137,14 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
     """Tokenize Q examples, with their pictures, left-padded, on the CPU, so that a thread can prefetch them.
 
     Raises:
-        ModelError: a picture in a prompt of a text model.
+        ModelError: a picture in a prompt of a text model; a prompt without one placeholder for each picture.
     """
     texts = [chat_text(llm, example) for example in examples]
     pictures = [picture for example in examples for picture in example.images]
     if pictures and not llm.is_vision:
         raise ModelError(f"the task shows pictures and {llm.name} reads text only: choose a vision-language model")
+    for example, text in zip(examples, texts, strict=True):
+        refuse_stray_placeholders(llm, example, text)
     # One call for all costs half of a call for each. add_special_tokens=False: the chat template has written them.
     if pictures:
         output = llm.processor(text=texts, images=pictures, add_special_tokens=False)
@@ -168,6 +170,19 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
         token = llm.tokenizer.convert_ids_to_tokens(int(ids.max()))
         raise ModelError(f"{llm.name} has an embedding of {rows} rows, too few for its tokenizer's token {token!r}")
     return Prompts(ids, mask, prompt_positions(llm, ids, mask, vision), vision)
+
+
+def refuse_stray_placeholders(llm: LLM, example: Example, text: str) -> None:
+    """Refuse a prompt that writes a placeholder like <|image_pad|> in a question: it would stand for a picture that is
+    not there, or for the picture of another prompt."""
+    for name, expected in (("image_token_id", len(example.images)), ("video_token_id", 0)):
+        token_id = getattr(llm.model.config, name, None)
+        token = None if token_id is None else llm.tokenizer.convert_ids_to_tokens(token_id)
+        if token is not None and text.count(token) != expected:
+            raise ModelError(
+                f"the prompt of the example {example.id} has the placeholder {token} {text.count(token)} times for "
+                f"{expected} pictures: remove it from the question, or use a chat template that writes it for pictures"
+            )
 
 
 def prompt_positions(llm: LLM, ids: Tensor, mask: Tensor, vision: list[dict[str, Tensor]]) -> Tensor:

@@ -1,5 +1,7 @@
 """Prompts in the model's chat template, with their pictures: encoded alone, together, and concatenated."""
 
+import dataclasses
+
 import pytest
 import torch
 from sampling import VISION
@@ -95,3 +97,34 @@ def test_selecting_prompts_drops_common_padding(load):
 def test_refuses_a_picture_for_a_text_model(load):
     with pytest.raises(ModelError, match="reads text only"):
         encode_prompts(load("qwen2"), questions("qwen2_vl"))
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
+@pytest.mark.parametrize("family", VISION)
+def test_refuses_a_placeholder_in_a_question(load, family, token):
+    """It would stand for a picture that is not there, or for another prompt's."""
+    llm = load(family)
+    first = questions(family)[0]
+    for stray in (question(f"What is {token}?"), question(f"What is {token}?", *first.images)):
+        stray = dataclasses.replace(stray, id="stray-7")
+        for examples in ([stray], [first, stray], [stray, first]):
+            with pytest.raises(ModelError, match=r"stray-7") as error:
+                encode_prompts(llm, examples)
+            assert token in str(error.value) and "\n" not in str(error.value)
+
+
+def test_refuses_a_chat_template_without_pictures(load):
+    """The model would answer without seeing them."""
+    llm = load("qwen2_vl")
+    llm.processor.chat_template = llm.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="image_pad"):
+        encode_prompts(llm, questions("qwen2_vl"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_other_special_tokens_in_a_question_are_read(load, family):
+    llm = load(family)
+    tokens = [*llm.tokenizer.all_special_tokens, *(["<|image_pad|>"] if family == "qwen2" else [])]
+    tokens = [token for token in tokens if llm.tokenizer.convert_tokens_to_ids(token) not in llm.excluded_token_ids]
+    example = question(f"What is {' '.join(tokens)}?")
+    assert encode_prompts(llm, [*questions(family), example]).lengths[-1] > len(tokens)
