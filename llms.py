@@ -31,7 +31,7 @@ from model_checks import (
     refuse_qwen_vl_chat,
     refuse_unknown_architecture,
 )
-from prompts import encode_prompts
+from prompts import chat_text, encode_prompts, refuse_stray_placeholders
 
 if TYPE_CHECKING:
     from config import Config
@@ -324,13 +324,18 @@ def refuse_unfit_config(config: Config, test_set: Dataset, model_config: Any, na
         )
 
 
-def refuse_unfit_model(config: Config, llm: LLM, test_set: Dataset) -> None:
+def refuse_unfit_model(config: Config, llm: LLM, train_set: Dataset, test_set: Dataset) -> None:
     """Refuse a task that the model cannot do.
 
     Raises:
-        ModelError: as `refuse_unfit_config`; or a test set without a prompt of at most --max_prompt_length tokens.
+        ModelError: as `refuse_unfit_config`; a test set without a prompt of at most --max_prompt_length tokens; a
+            question from a file that has a placeholder of pictures.
     """
     refuse_unfit_config(config, test_set, llm.model.config, llm.name)
+    for dataset in (train_set, test_set):
+        if llm.is_vision and dataset.modality == "text" and dataset.reads_files:  # else none, or slow
+            for index in range(len(dataset)):
+                refuse_stray_placeholders(llm, dataset[index], chat_text(llm, dataset[index]))
     lengths = (encode_prompts(llm, [test_set[i]]).lengths[0] for i in range(len(test_set)))
     if all(length > config.max_prompt_length for length in lengths):
         raise ModelError(f"all test prompts are longer than --max_prompt_length {config.max_prompt_length}: raise it")

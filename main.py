@@ -379,7 +379,7 @@ def set_up_and_train(config: Config) -> int:
         how = (pick_device(config.device), config.dtype, config.attn_implementation, config.chat_template_kwargs, check)
         model_path = str(tiny_model(config.dataset_name, *data)) if config.model_path == "tiny" else config.model_path
         llm: LLM = load_llm(run.checkpoint or model_path, *how)
-        refuse_unfit_model(config, llm, test_set)
+        refuse_unfit_model(config, llm, loader.dataset, test_set)
         if config.gradient_checkpointing:
             recompute_activations(llm.model)
         config = config.with_steps(loader.steps_per_epoch)

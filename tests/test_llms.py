@@ -220,9 +220,9 @@ def test_refuses_an_unsupported_output_layer(load, model_folder, tmp_path):
 
 def unfit(llm, task, *flags) -> str:
     """The message that refuses `llm` for a task; empty if it is accepted."""
-    test_set = get_dataset(task, "test", 3)
+    train_set, test_set = get_dataset(task, "train", 3), get_dataset(task, "test", 3)
     try:
-        llms.refuse_unfit_model(parse_args(["--dataset_name", task, *flags]), llm, test_set)
+        llms.refuse_unfit_model(parse_args(["--dataset_name", task, *flags]), llm, train_set, test_set)
     except ModelError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -243,6 +243,19 @@ def test_refuses_lengths_beyond_the_context(load):
     assert unfit(llm, "arithmetic", "--max_prompt_length", "400", "--max_completion_length", "112") == ""
     message = unfit(llm, "arithmetic", "--max_prompt_length", "400", "--max_completion_length", "113")
     assert all(part in message for part in ("512", "--max_prompt_length 400", "--max_completion_length 113"))
+
+
+@pytest.mark.parametrize("row", [7, 19])
+def test_refuses_a_placeholder_in_a_file_before_training(load, tmp_path, row):
+    """Of 18 training rows and 2 test rows, one names a placeholder; a text model has none."""
+    questions = [f"What is {i}?{' <|image_pad|>' if i == row else ''}" for i in range(20)]
+    lines = [json.dumps({"question": question, "answer": "#### 1"}) for question in questions]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    data = [get_dataset("gsm8k", split, path=str(tmp_path / "data.jsonl")) for split in ("train", "test")]
+    config = parse_args(["--max_prompt_length", "200", "--max_completion_length", "8"])
+    with pytest.raises(ModelError, match="gsm8k-train-0-7" if row == 7 else "gsm8k-test-0-1"):
+        llms.refuse_unfit_model(config, load("qwen2_vl"), *data)
+    llms.refuse_unfit_model(config, load("qwen2"), *data)
 
 
 def test_refuses_a_limit_below_every_test_prompt(load):
