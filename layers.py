@@ -31,7 +31,7 @@ def has_fast_layers(model) -> bool:
 
 
 def disable(model) -> None:
-    """Have `has_fast_layers` answer no for this model: its numbers differ (see llms.check_numbers)."""
+    """Have `has_fast_layers` answer no for this model: its numbers differ (see number_checks.py)."""
     model.fast_layers_differ = True
 
 

@@ -23,21 +23,22 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
+from logprobs import KEPT_BYTES
 from model_checks import (
     ModelError,
-    check_numbers,
+    refuse_ids_beyond_embedding,
     refuse_incomplete_folder,
     refuse_missing_tensors,
     refuse_qwen_vl_chat,
     refuse_unknown_architecture,
+    report_other_tokenizer,
 )
-from prompts import chat_text, encode_prompts, refuse_stray_placeholders
+from number_checks import check_numbers
+from prompts import chat_text, closing_token, encode_prompts, refuse_stray_placeholders
 
 if TYPE_CHECKING:
     from config import Config
     from rldatasets import Dataset
-
-KEPT_BYTES = 32 * 2**20  # the largest block that glibc can be told to keep
 
 
 def tune_cpu() -> None:
@@ -91,8 +92,8 @@ class LLM:
         return self.model.dtype
 
     @property
-    def max_context(self) -> int:
-        return self.model.config.get_text_config().max_position_embeddings
+    def max_context(self) -> int | None:
+        return context_length(self.model.config)
 
     @property
     def num_parameters(self) -> int:
@@ -132,12 +133,18 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
 
 
-def pick_attention(attn_implementation: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """flash-attn when it is installed on CUDA and the dtype suits it, else torch's scaled-dot-product attention."""
+def pick_attention(
+    attn_implementation: str | None, device: torch.device, dtype: torch.dtype, model_class: Any = None
+) -> str:
+    """The asked attention, else flash-attn if it is installed on CUDA and the dtype suits it, else torch's
+    scaled-dot-product attention, else "eager": some classes of transformers have neither of the two."""
     if attn_implementation not in (None, "auto"):
         return attn_implementation
     installed = importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if installed and device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
+    suits = device.type == "cuda" and dtype == torch.bfloat16 and getattr(model_class, "_supports_flash_attn", True)
+    if installed and suits:
+        return "flash_attention_2"
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 def load_llm(
@@ -150,8 +157,8 @@ def load_llm(
 ) -> LLM:
     """Load a text or vision-language model from the hub or a local folder: safetensors only, no remote code.
 
-    A few tokens are computed in several ways (model_checks.py), so that a model which layers.py or the
-    log-probabilities would compute wrongly is found here.
+    A few tokens are sampled and scored (number_checks.py), so that a model which this code would compute wrongly is
+    found here.
 
     Args:
         check: called with the model's config and name before the weights are loaded.
@@ -165,7 +172,6 @@ def load_llm(
     tune_cpu()
     quiet_transformers()
     on, kind = pick_device(device), pick_dtype(dtype, pick_device(device))
-    attention = pick_attention(attn_implementation, on, kind)
     token = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or "").strip()
     local = Path(model_path).is_dir()
     hub = {"token": token or None, "trust_remote_code": False, "local_files_only": local or not hub_answers()}
@@ -176,17 +182,19 @@ def load_llm(
         is_vision = refuse_unknown_architecture(config, name)
         if check:
             check(config, name)
-        auto_class: Any = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
-        how = {"dtype": kind, "attn_implementation": attention, "use_safetensors": True, "output_loading_info": True}
-        model, loaded = auto_class.from_pretrained(model_path, **how, **hub)
-        model = model.to(on)
         processor: Any = AutoProcessor.from_pretrained(model_path, **hub) if is_vision else None
         tokenizer = processor.tokenizer if is_vision else AutoTokenizer.from_pretrained(model_path, **hub)
-    refuse_missing_tensors(loaded, name)
+        auto_class: Any = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
+        attention = pick_attention(attn_implementation, on, kind, auto_class._model_mapping[type(config)])
+        how = {"dtype": kind, "attn_implementation": attention, "use_safetensors": True}
+        checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for refuse_missing_tensors
+        model, loaded = auto_class.from_pretrained(model_path, **how, **checked, **hub)
+        refuse_missing_tensors(loaded, name)
+        model = model.to(on)
     # In many models the pad token also ends turns inside prompts: with a padding_idx its embedding is not trained.
     model.get_input_embeddings().padding_idx = None
     model.eval()  # with dropout, trainer and sampler would disagree; gradients do not need train mode
-    eos_token_ids = union_of_eos(tokenizer, model)
+    eos_token_ids = union_of_eos(tokenizer, processor, model)
     llm = LLM(
         model=model,
         tokenizer=tokenizer,
@@ -199,6 +207,8 @@ def load_llm(
         name=name,
         chat_template_kwargs=chat_template_kwargs or {},
     )
+    refuse_ids_beyond_embedding(llm)
+    report_other_tokenizer(llm)
     check_numbers(llm)
     return llm
 
@@ -212,10 +222,10 @@ def hub_answers(seconds: float = 5.0) -> bool:
     return True
 
 
-def union_of_eos(tokenizer: Any, model: Any) -> tuple[int, ...]:
+def union_of_eos(tokenizer: Any, processor: Any, model: Any) -> tuple[int, ...]:
     """Ids that end a completion: those that the tokenizer and the generation config name (Qwen2.5: different ones), and
     the token with which the chat template closes the assistant's turn."""
-    ids = [tokenizer.eos_token_id, closing_token(tokenizer)]
+    ids = [tokenizer.eos_token_id, closing_token(tokenizer, processor)]
     if model.generation_config is not None:
         named = model.generation_config.eos_token_id
         ids += named if isinstance(named, list) else [named]
@@ -225,18 +235,13 @@ def union_of_eos(tokenizer: Any, model: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def closing_token(tokenizer: Any) -> int | None:
-    """The special token that follows the assistant's text in the chat template; None without one."""
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse these turns; then it names no token here
-        return None
-    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return ids[0] if ids and ids[0] in special else None
+def context_length(config: Any) -> int | None:
+    """The number of tokens that a model with this config can read; None if it names no limit."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # past this length it rotates all keys otherwise, the cached ones too
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None)
 
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:
@@ -316,7 +321,7 @@ def refuse_unfit_config(config: Config, test_set: Dataset, model_config: Any, na
             f"the task {test_set.name!r} shows pictures and {name} reads text only: choose a vision-language model "
             "such as Qwen/Qwen2.5-VL-3B-Instruct, or --model_path tiny"
         )
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model_config)
     if context and config.max_prompt_length + config.max_completion_length > context:
         raise ModelError(
             f"{name} can read {context} tokens, fewer than --max_prompt_length {config.max_prompt_length} "

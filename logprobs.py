@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import layers
-from llms import KEPT_BYTES, LLM
 from prompts import Prompts
 
 if TYPE_CHECKING:
     from config import Config
+    from llms import LLM
     from rollout import Rollout
+
+KEPT_BYTES = 32 * 2**20  # the largest block that glibc can be told to keep (llms.tune_cpu)
 
 LOGIT_CHUNK_BYTES = 256 * 2**20  # memory for the logits of one chunk of tokens
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,63 +88,98 @@ TEMPLATE_DATE = time.strptime("2025-01-01", "%Y-%m-%d")
 
 
 def chat_text(llm: LLM, example: Example) -> str:
-    """The prompt in the model's chat template, up to where the assistant's turn begins. Without a template: plain text
-    behind the tokenizer's beginning-of-sequence token, if it has one.
+    """The prompt in the model's chat template, up to where the assistant's turn begins; without a template, plain text.
+
+    If the template refuses the system message or leaves it out, as Gemma's does, its text goes before the user's.
 
     Raises:
-        ModelError: the template refuses the messages.
+        ModelError: the template fails, or leaves out a message.
     """
-    writer = llm.processor if llm.is_vision and llm.processor.chat_template else llm.tokenizer
-    if not writer.chat_template:  # a base model, which continues the text
-        text = "\n\n".join(plain_text(message["content"]) for message in example.messages) + "\n\n"
-        return first_token(llm.tokenizer) + text
+    if (writer := template_writer(llm.tokenizer, llm.processor)) is None:  # a base model, which continues the text
+        return "\n\n".join(plain_text(message["content"]) for message in example.messages) + "\n\n"
     options = {"strftime_now": lambda form: time.strftime(form, TEMPLATE_DATE), **llm.chat_template_kwargs}
     options |= {"tokenize": False, "add_generation_prompt": True}
+    reason = ""
+    for messages in (example.messages, without_system(example.messages)):
+        try:
+            text = writer.apply_chat_template(messages, **options)
+        except Exception as error:  # a template is a program, which may fail in any way
+            reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
+            continue
+        if all(part.strip() in text for message in messages for part in text_parts(message["content"])):
+            return text
+        reason = reason or "it leaves out the text of a message"
+    raise ModelError(f"the chat template of {llm.name} does not work for the example {example.id}: {reason}")
+
+
+def template_writer(tokenizer: Any, processor: Any) -> Any:
+    """The processor or the tokenizer, the one that has a chat template; None for a base model without one."""
+    return next((one for one in (processor, tokenizer) if one is not None and one.chat_template), None)
+
+
+def closing_token(tokenizer: Any, processor: Any) -> int | None:
+    """The token with which the chat template ends the assistant's turn; None if it is no special or added token."""
+    if (writer := template_writer(tokenizer, processor)) is None:
+        return None
+    turns = [("user", "question"), ("assistant", "answer")]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}] if writer is processor else text}
+        for role, text in turns
+    ]
     try:
-        return writer.apply_chat_template(example.messages, **options)
-    except jinja2.TemplateError as error:
-        try:  # some, like Gemma's, have no system role
-            return writer.apply_chat_template(without_system(example.messages), **options)
-        except jinja2.TemplateError:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"the chat template of {llm.name} refuses the example {example.id}: {reason}") from error
+        text = writer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may refuse these turns; then it names no token
+        return None
+    ids = tokenizer(text.rpartition("answer")[2].lstrip(), add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return ids[0] if ids and ids[0] in special else None
 
 
-def first_token(tokenizer: Any) -> str:
-    """The special token that the tokenizer puts before a text, as text; empty without one."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.convert_ids_to_tokens(ids[0]) if ids[1 : 1 + len(plain)] == plain else ""
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text, such as a beginning-of-sequence token."""
+    plain, ids = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = [start for start in range(len(ids)) if ids[start : start + len(plain)] == plain]
+    return ids[: starts[0]] if starts else []
 
 
 def without_system(messages: list[dict]) -> list[dict]:
     """The messages with the text of the system message put before that of the user's."""
-    system, user, *rest = messages
-    if system["role"] != "system":
+    system, *rest = messages
+    if system["role"] != "system" or not rest:
         return messages
-    if isinstance(user["content"], str):
-        return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
-    return [{**user, "content": [{"type": "text", "text": f"{system['content']}\n\n"}, *user["content"]]}, *rest]
+    user, text = rest[0], f"{plain_text(system['content'])}\n\n"
+    content = user["content"]
+    content = text + content if isinstance(content, str) else [{"type": "text", "text": text}, *content]
+    return [{**user, "content": content}, *rest[1:]]
+
+
+def text_parts(content: str | list[dict]) -> list[str]:
+    """The texts of a message, between its pictures."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
 
 
 def plain_text(content: str | list[dict]) -> str:
     """The text of a message, without its pictures."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return "".join(text_parts(content))
 
 
 def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
     """Tokenize Q examples, with their pictures, left-padded, on the CPU, so that a thread can prefetch them.
 
     Raises:
-        ModelError: a picture in a prompt of a text model; a prompt without one placeholder for each picture.
+        ModelError: a picture in a prompt of a text model, or of a model without a chat template; a prompt without one
+            placeholder for each picture; see `chat_text`.
     """
     texts = [chat_text(llm, example) for example in examples]
     pictures = [picture for example in examples for picture in example.images]
+    has_template = template_writer(llm.tokenizer, llm.processor) is not None
     if pictures and not llm.is_vision:
         raise ModelError(f"the task shows pictures and {llm.name} reads text only: choose a vision-language model")
+    if pictures and not has_template:
+        raise ModelError(f"{llm.name} has no chat template, which places pictures in a prompt: choose one that has")
     for example, text in zip(examples, texts, strict=True):
         refuse_stray_placeholders(llm, example, text)
-    # One call for all costs half of a call for each. add_special_tokens=False: the chat template has written them.
+    # One call for all costs half of a call for each. add_special_tokens=False: a chat template writes them itself.
     if pictures:
         output = llm.processor(text=texts, images=pictures, add_special_tokens=False)
         per_prompt = [len(example.images) for example in examples]
@@ -158,7 +192,8 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
         ]
     else:
         output, vision = llm.tokenizer(texts, add_special_tokens=False), [{} for _ in texts]
-    encoded = output["input_ids"]  # Q lists, none padded
+    opening = [] if has_template else opening_tokens(llm.tokenizer)
+    encoded = [[*opening, *ids] for ids in output["input_ids"]]  # Q lists, none padded
     length = max(len(ids) for ids in encoded)
     ids = torch.full((len(encoded), length), llm.pad_token_id)  # (Q, P)
     mask = torch.zeros(len(encoded), length, dtype=torch.bool)  # (Q, P), from lengths: pad may equal end-of-sequence

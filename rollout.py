@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import layers
-from llms import LLM
 from logprobs import forward_prompts, keys_and_values
 from prompts import Prompts, encode_prompts
 
 if TYPE_CHECKING:
+    from llms import LLM
     from rldatasets import Example
 
 # Attention reads the cache in multiples of so many slots: less to read on a CPU, fewer shapes to capture on a GPU.
@@ -413,7 +413,7 @@ class FusedDecoder(Decoder):
 
         self.caches = [(zeros(), zeros()) for _ in self.text_model.layers]  # keys and values
         self.cos, self.sin = self.rotary_table()  # (S, D)
-        self.fuse()
+        self.fused = fused_weights(self.text_model.layers)
         self.uses_graphs = llm.device.type == "cuda"
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.graph_memory: Any = None  # one pool for all graphs: they run in turn and keep nothing in it
@@ -427,21 +427,11 @@ class FusedDecoder(Decoder):
         cos, sin = layers.rotary(self.text_model, example, positions)
         return cos[0], sin[0]
 
-    def fuse(self) -> None:
-        """Store weights that are read together in one tensor and make the parameters views of it.
-
-        There is still one copy: the optimizer updates the parameters in place, and the decode step sees the update.
-        """
-        self.fused = []
-        for layer in self.text_model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-            bias = side_by_side(qkv, "bias") if attention.q_proj.bias is not None else None
-            self.fused.append((side_by_side(qkv, "weight"), bias, side_by_side((mlp.gate_proj, mlp.up_proj), "weight")))
-
     def start(self, prompts: Prompts, *args: Any) -> None:
         if self.text_model.layers[-1].self_attn.q_proj.weight.data_ptr() != self.fused[-1][0].data_ptr():
-            self.fuse()  # since then the model was moved or its parameters were replaced
+            self.fused = fused_weights(
+                self.text_model.layers
+            )  # since then the model was moved or its parameters were replaced
             self.graphs.clear()
         super().start(prompts, *args)
 
@@ -490,6 +480,21 @@ class FusedDecoder(Decoder):
             return (weights @ values[:rows, :, :window]).reshape(rows, -1)
 
         return layers.run_layers(self.text_model, x, cos, sin, attend, self.fused)
+
+
+def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """For each layer, the weights that are read together as one tensor, of which the parameters become views: see
+    `layers.run_layers`.
+
+    There is still one copy: the optimizer updates the parameters in place, and the decode step sees the update.
+    """
+    fused = []
+    for layer in decoder_layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        bias = side_by_side(qkv, "bias") if attention.q_proj.bias is not None else None
+        fused.append((side_by_side(qkv, "weight"), bias, side_by_side((mlp.gate_proj, mlp.up_proj), "weight")))
+    return fused
 
 
 def side_by_side(modules: Sequence[Any], name: str) -> Tensor:

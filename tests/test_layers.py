@@ -40,7 +40,7 @@ def test_fast_layers_equal_those_of_transformers(load, family, monkeypatch):
 def test_eager_attention_runs_in_transformers(load):
     """The implementation named by --attn_implementation is the one that runs."""
     assert uses_fast_layers(load("qwen2").model)
-    assert not uses_fast_layers(load("qwen2", attention="eager").model)
+    assert not uses_fast_layers(load("qwen2", "float32", "eager").model)
 
 
 @pytest.mark.parametrize(

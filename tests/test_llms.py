@@ -45,7 +45,7 @@ def test_every_family_loads_and_takes_a_training_step(load, family):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_is_the_one_asked_for(load, attention):
-    llm = load("qwen2", attention=attention)
+    llm = load("qwen2", "float32", attention)  # transformers: padding is NaN in eager attention in float64
     assert llm.attn_implementation == attention == llm.model.config._attn_implementation
 
 
@@ -211,10 +211,10 @@ def test_refuses_an_unsupported_output_layer(load, model_folder, tmp_path):
     cohere = transformers.CohereConfig(**sizes, logit_scale=0.0625)
     for config in (granite, cohere):
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        assert "logits" in refusal(folder)
+        assert config.model_type in refusal(folder)
     llm = load("llama", "float32")
     llm.model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 1, llm.model.lm_head.out_features))
-    with pytest.raises(ModelError, match="output embedding"):
+    with pytest.raises(ModelError, match=r"lm_head\.bias"):
         llms.check_numbers(llm)
 
 
