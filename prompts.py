@@ -5,7 +5,6 @@ Letters in the shape comments: Q prompts, P prompt tokens (left-padded).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,8 +82,12 @@ class Prompts:
         return positions.masked_fill(~self.mask, 0).amax(1) + 1
 
 
-# Templates of Llama 3 write today's date into the system message; a fixed one keeps prompts the same on every day.
-TEMPLATE_DATE = time.strptime("2025-01-01", "%Y-%m-%d")
+# Some templates write today's date; it is always 1 January 2025 here, so that prompts are the same on every day.
+# transformers passes no functions to a template, so a macro takes the place of its `strftime_now`.
+DATE = {"%d": "01", "%-d": "1", "%m": "01", "%b": "Jan", "%B": "January", "%Y": "2025", "%y": "25", "%A": "Wednesday"}
+DATE |= {"%a": "Wed", "%H": "00", "%M": "00", "%S": "00", "%F": "2025-01-01", "%j": "001"}
+FIXED_DATE = "{%- macro strftime_now(form) -%}{{ form"
+FIXED_DATE += "".join(f" | replace('{code}', '{value}')" for code, value in DATE.items()) + " }}{%- endmacro -%}"
 
 
 def chat_text(llm: LLM, example: Example) -> str:
@@ -97,8 +100,9 @@ def chat_text(llm: LLM, example: Example) -> str:
     """
     if (writer := template_writer(llm.tokenizer, llm.processor)) is None:  # a base model, which continues the text
         return "\n\n".join(plain_text(message["content"]) for message in example.messages) + "\n\n"
-    options = {"strftime_now": lambda form: time.strftime(form, TEMPLATE_DATE), **llm.chat_template_kwargs}
-    options |= {"tokenize": False, "add_generation_prompt": True}
+    options = {**llm.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True}
+    if "strftime_now" in str(writer.chat_template):
+        options["chat_template"] = FIXED_DATE + writer.get_chat_template(None)
     reason = ""
     for messages in (example.messages, without_system(example.messages)):
         try:
@@ -200,6 +204,10 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
     for row, tokens in enumerate(encoded):
         ids[row, length - len(tokens) :] = torch.as_tensor(tokens)
         mask[row, length - len(tokens) :] = True
+    rows = llm.model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= rows:
+        token = llm.tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise ModelError(f"{llm.name} has an embedding of {rows} rows, too few for its tokenizer's token {token!r}")
     rows = llm.model.get_input_embeddings().weight.shape[0]
     if int(ids.max()) >= rows:
         token = llm.tokenizer.convert_ids_to_tokens(int(ids.max()))

@@ -228,10 +228,9 @@ class Sampler:
 
 
 def decode_texts(llm: LLM, rows: list[list[int]]) -> list[str]:
-    """The texts of completions, without end and padding tokens; other special tokens stay, since a format's tags may
+    """The texts of completions, without the end-of-sequence token; other special tokens stay, since a format's tags may
     be special tokens of the tokenizer."""
-    dropped = {llm.pad_token_id, *llm.eos_token_ids}
-    kept = [[token for token in row if token not in dropped] for row in rows]
+    kept = [row[:-1] if row[-1] in llm.eos_token_ids else row for row in rows]
     return llm.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
