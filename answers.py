@@ -159,7 +159,7 @@ NUMBER_CASES = [
     Case("7.2*10^3", rf"({DECIMAL}) ?[*x] ?10\^([-+]?[0-9]{{1,2}})", lambda m: Fraction(f"{m[1]}e{m[2]}")),
 ]
 INTEGER = re.compile(rf"[-+]?(?:{'|'.join(case.pattern for case in NUMBER_CASES if case.whole)})")
-PLAIN_DECIMAL = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+PLAIN_DECIMAL = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")  # "0." is an answer, but not written plainly
 
 
 def is_integer(text: str) -> bool:

@@ -549,3 +549,9 @@ def test_time_format_needs_the_asked_form(text, worth):
 
 def test_integer_pattern_has_the_whole_rows():
     assert [is_integer(case.example) for case in NUMBER_CASES] == [case.whole for case in NUMBER_CASES]
+
+
+@pytest.mark.parametrize(("text", "plain"), [("0.5", 1), ("-.42", 1), ("1", 1), ("0.", 0), ("-1.", 0), ("5e-1", 0)])
+def test_a_plain_decimal_has_digits_behind_its_point(text, plain):
+    scorer = get_evaluator("correlation")
+    assert scorer.score(asked_format("", text), "0.5")["value_format"] == 0.5 * plain
