@@ -597,7 +597,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 if a folder is not a run or cannot be written to."""
+    """Returns the exit status: 0, or 2 after an error, which is one line on stderr."""
     make_output_safe()
     args = parse_args(argv)
     folders = list(dict.fromkeys(args.output_dir))
@@ -609,6 +609,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         pass
+    except Exception as error:
+        if os.environ.get("GRPO_TRACEBACK"):
+            raise
+        print_error(f"{type(error).__name__}: {error} (an unexpected error; GRPO_TRACEBACK=1 shows where)")
+        return 2
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from small_models import question
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 import llms
 from evaluator import TAGS, asked_format
@@ -215,15 +215,12 @@ def test_another_pre_tokenizer_than_the_files_is_reported(folder, capsys):
     path = folder("qwen2")
     load_llm(path, "cpu", "float32")
     assert "tokenizer.json" not in capsys.readouterr().out
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), backend.pre_tokenizer])
-    backend.add_tokens([AddedToken("345", normalized=False)])
+    backend = transformers.AutoTokenizer.from_pretrained(path).backend_tokenizer
+    single = pre_tokenizers.Split(Regex("."), "isolated")  # no token has two characters
+    backend.pre_tokenizer = pre_tokenizers.Sequence([single, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.save(str(path / "tokenizer.json"))
     load_llm(path, "cpu", "float32")
-    own = transformers.AutoTokenizer.from_pretrained(path)("12,345", add_special_tokens=False)["input_ids"]
-    differs = own != backend.encode("12,345", add_special_tokens=False).ids
-    assert ("tokenizer.json" in capsys.readouterr().out) == differs
+    assert "tokenizer.json" in capsys.readouterr().out
 
 
 # --- templates ---

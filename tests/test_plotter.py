@@ -538,3 +538,18 @@ def test_watching_redraws_when_a_record_arrives(tmp_path, monkeypatch, capsys):
     moments.clear()
     assert plotter.main(["--output_dir", str(run), "--watch"]) == 0  # waits for the first record
     assert drawn == [2, 3, 3] and "no records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("no"), RuntimeError("two\nlines")])
+def test_an_unexpected_error_is_one_line(error, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(plotter, "draw", fail)
+    monkeypatch.delenv("GRPO_TRACEBACK", raising=False)
+    assert plotter.main(["--output_dir", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and type(error).__name__ in lines[0]
+    monkeypatch.setenv("GRPO_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        plotter.main(["--output_dir", str(tmp_path)])
