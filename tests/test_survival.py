@@ -704,7 +704,8 @@ def test_a_model_with_nan_weights_is_reported(server, folder, tmp_path):
     weights["lm_head.weight"][7] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     status, output = server.run(folder, model=broken)
-    assert status == 2 and "not finite" in one_line(output)
+    assert status == 2 and str(broken) in one_line(output)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("method, calls", [("score", 60), ("metrics", 10), ("value", 150)])
