@@ -123,7 +123,7 @@ def evaluation_metrics(
         "num_examples": len(answers),
         "avg_reward": float(rewards.sum(1).mean()),
         **named_means(evaluator.reward_names, rewards),
-        **evaluator.metrics(completions, answers),
+        **evaluator.checked_metrics(completions, answers),
         **evaluator.sampling_metrics(completions, answers, samples),
         "completion_length": float(lengths.float().mean()),
         "truncated_fraction": 1 - float(finished.float().mean()),

@@ -207,9 +207,12 @@ class RewardEvaluator(ABC):
             with self._explained("the rewards of", f" on {place}"):
                 scores = _finite(self.score(completion, answer))
                 rows.append([scores[name] for name in self.reward_names])
+        return torch.tensor(rows, dtype=torch.float32), self.checked_metrics(parsed, answers)  # (B, K)
+
+    def checked_metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        """`metrics`; raises a RewardError that names the task if they fail or are not finite numbers."""
         with self._explained("the metrics of"):
-            metrics = _finite(self.metrics(parsed, answers))
-        return torch.tensor(rows, dtype=torch.float32), metrics  # (B, K)
+            return _finite(self.metrics(completions, answers))
 
     def sampling_metrics(
         self, completions: Sequence[Completion], answers: Sequence[str], samples: Sequence[Sequence[Completion]]
