@@ -817,7 +817,7 @@ def sampled(monkeypatch):
 
     def listen(sampler, prompts, num_generations, *rest, **more):
         rollout = sample(sampler, prompts, num_generations, *rest, **more)
-        if num_generations > 1:  # an evaluation decodes one greedy answer
+        if num_generations > 1 and not more.get("ignore_eos"):  # neither an evaluation nor the trial at load
             rollouts.append(rollout)
         return rollout
 
