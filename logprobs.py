@@ -1,6 +1,6 @@
 """How likely was it? Log-probabilities of sampled tokens, with shared prompts and without a (B, T, V) tensor.
 
-A prompt and its pictures are computed once per group, and the vocabulary is visited one chunk of tokens at a time.
+A prompt and its pictures are computed once per group, and the vocabulary is visited in tiles.
 Letters in the shape comments: Q prompts, B completions (rows; row i answers prompt `prompt_of_row[i]`), P prompt tokens
 (left-padded), T completion tokens (right-padded), H hidden size, V vocabulary, N completion tokens in all.
 """
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rollout import Rollout
 
 KEPT_BYTES = 32 * 2**20  # the largest block that glibc can be told to keep (llms.tune_cpu)
-
-LOGIT_CHUNK_BYTES = 256 * 2**20  # memory for the logits of one chunk of tokens
+LOGIT_TILE_BYTES = 256 * 2**20  # memory for the logits of one tile, tokens × vocabulary
+BLOCK = 8192  # tokens of the vocabulary in a tile
 
 
 def token_logps(
@@ -67,7 +67,7 @@ def token_logps_and_entropy(
     hidden_of: Callable = hidden_states if share_prompt else hidden_states_unshared
     hidden: Tensor = hidden_of(model, rollout.prompts, [rollout.prompt_of_row[i] for i in rows], ids, mask)  # (B, T, H)
     weight = model.get_output_embeddings().weight  # (V, H)
-    logps, entropy = ChunkedLogps.apply(hidden[mask], weight, ids[mask], temperature, llm.excluded_mask())  # (N,), (N,)
+    logps, entropy = BlockedLogps.apply(hidden[mask], weight, ids[mask], temperature, llm.excluded_mask())  # (N,), (N,)
     padded = F.pad(mask, (0, full_length - length))  # (B, T)
     zeros = torch.zeros(padded.shape, device=padded.device, dtype=logps.dtype)
     return zeros.masked_scatter(padded, logps), zeros.masked_scatter(padded, entropy)
@@ -187,62 +187,98 @@ def completion_positions(prompts: Prompts, index: Tensor, length: int) -> Tensor
 # From hidden states to log-probabilities
 
 
-class ChunkedLogps(torch.autograd.Function):
-    """log softmax(h Wᵀ / temperature)[target] and its entropy for N tokens, a chunk of tokens at a time.
+class BlockedLogps(torch.autograd.Function):
+    """log softmax(h Wᵀ / temperature)[target] and its entropy for N tokens, in tiles of some tokens × some of the
+    vocabulary, so that memory holds (n, v) and never (N, V).
 
-    The backward pass computes each chunk's logits again, so that memory holds (chunk, V) and never (N, V).
-    With p = softmax: d logp / d logits = (onehot(target) − p) / temperature.
+    The forward pass takes the log-sum-exp block by block. The backward pass computes each tile's logits again; with
+    p = softmax, d logp / d logits = (onehot(target) − p) / temperature. A block's part of the weight's gradient is
+    complete before the next block begins, so that it is written once: with a real vocabulary that gradient is far
+    larger than a tile.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, excluded: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        logps, entropy = hidden.new_empty(2, len(hidden), dtype=layers.wide(hidden.dtype))  # (N,), (N,)
-        for part in chunks(hidden, weight):
-            full = tempered_logits(hidden[part], weight, temperature, excluded).log_softmax(-1)  # (n, V)
-            logps[part] = full.gather(1, targets[part, None])[:, 0]
-            p = full.exp()
-            if excluded is not None:
-                full.masked_fill_(excluded, 0.0)  # p · log p is 0 · −inf there, and counts as 0
-            entropy[part] = -torch.linalg.vecdot(p, full)
-        ctx.save_for_backward(hidden, weight, targets)
+        log_sum, entropy, logps = hidden.new_empty(3, len(hidden), dtype=layers.wide(hidden.dtype))  # each (N,)
+        tokens, blocks = tiles(hidden, weight)
+        for part in tokens:
+            peak = torch.full_like(log_sum[part], torch.finfo(log_sum.dtype).min)  # (n,) the largest logit so far
+            total, moment = torch.zeros_like(peak), torch.zeros_like(peak)  # (n,) Σ e^(l − peak), Σ l e^(l − peak)
+            for block in blocks:
+                hide = None if excluded is None else excluded[block]  # (v,)
+                logits = tempered_logits(hidden[part], weight[block], temperature, hide)  # (n, v)
+                inside, column = in_block(targets[part], block)  # (n,) each
+                logps[part] = torch.where(inside, logits.gather(1, column[:, None])[:, 0], logps[part])
+                higher = torch.maximum(peak, logits.amax(1))  # (n,)
+                shrink = (peak - higher).exp_()  # (n,)
+                p = (logits - higher[:, None]).exp_()  # (n, v), not normalized
+                if hide is not None:
+                    logits.masked_fill_(hide, 0.0)  # p · l is 0 · −inf there, and counts as 0
+                total, moment = total * shrink + p.sum(1), moment * shrink + torch.linalg.vecdot(p, logits)
+                peak = higher
+            log_sum[part] = peak + total.log()
+            entropy[part] = log_sum[part] - moment / total
+        logps -= log_sum
+        ctx.save_for_backward(hidden, weight, targets, log_sum)
         ctx.temperature, ctx.excluded = temperature, excluded
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Summed over chunks in float32 at least: bfloat16 would round many small contributions away.
-        grad_weight = torch.zeros_like(weight, dtype=layers.wide(weight.dtype)) if ctx.needs_input_grad[1] else None
-        for part in chunks(hidden, weight):
-            p = tempered_logits(hidden[part], weight, ctx.temperature, ctx.excluded).softmax(-1)  # (n, V)
-            p.scatter_add_(1, targets[part, None], -torch.ones_like(p[:, :1]))  # p − onehot, before any rounding
-            p = p.to(hidden.dtype)
-            scale = -grad_logps[part, None] / ctx.temperature  # (n, 1)
-            if grad_hidden is not None:
-                grad_hidden[part] = (p @ weight) * scale
+        hidden, weight, targets, log_sum = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # a frozen head needs no gradient of its weight
+        # Sums over several tiles are taken in float32 at least: bfloat16 would round small contributions away.
+        grad_hidden = torch.zeros_like(hidden, dtype=layers.wide(hidden.dtype)) if needs_hidden else None  # (N, H)
+        grad_weight = torch.empty_like(weight) if needs_weight else None  # (V, H)
+        tokens, blocks = tiles(hidden, weight)
+        scale = -grad_logps / ctx.temperature  # (N,)
+        for block in blocks:
+            hide = None if ctx.excluded is None else ctx.excluded[block]  # (v,)
+            of_block = None  # (v, H), the block's part of the weight's gradient
+            for part in tokens:
+                p = tempered_logits(hidden[part], weight[block], ctx.temperature, hide)  # (n, v)
+                p.sub_(log_sum[part, None]).exp_()
+                inside, column = in_block(targets[part], block)  # (n,) each
+                p.scatter_add_(1, column[:, None], -inside[:, None].to(p.dtype))  # p − onehot, before any rounding
+                p = p.mul_(scale[part, None]).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] += p @ weight[block]
+                if grad_weight is not None:
+                    product = p.T @ hidden[part]  # (v, H)
+                    if len(tokens) == 1:
+                        of_block = product
+                    else:
+                        wide = product.to(layers.wide(product.dtype))
+                        of_block = wide if of_block is None else of_block.add_(wide)
             if grad_weight is not None:
-                scaled = (hidden[part] * scale).to(hidden.dtype)  # (n, H)
-                if p.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(p.T, scaled)  # without a second tensor of the weight's size
-                else:
-                    grad_weight += p.T @ scaled
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+                grad_weight[block] = of_block
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def in_block(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Which targets (n,) lie in a block of the vocabulary, and their columns in it (0 for the others)."""
+    inside = (targets >= block.start) & (targets < block.stop)
+    return inside, torch.where(inside, targets - block.start, 0)
 
 
 def tempered_logits(hidden: Tensor, weight: Tensor, temperature: float, excluded: Tensor | None) -> Tensor:
-    """(n, V) logits / temperature in float32 (float64 stays), −inf on excluded tokens."""
+    """(n, v) logits / temperature in float32 (float64 stays), −inf on excluded tokens."""
     logits = (hidden @ weight.T).to(layers.wide(hidden.dtype))
     if temperature != 1:
         logits.div_(temperature)
     return logits if excluded is None else logits.masked_fill_(excluded, -torch.inf)
 
 
-def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the N tokens. On a CPU they are so small that each chunk reuses the memory of the one before."""
-    at_once = KEPT_BYTES if hidden.device.type == "cpu" else LOGIT_CHUNK_BYTES
-    size = min(512, max(1, at_once // (4 * weight.shape[0])))
-    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+def tiles(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice]]:
+    """Slices of the N tokens and of the vocabulary. On a CPU a tile is so small that the next one reuses its memory."""
+    at_once = KEPT_BYTES if hidden.device.type == "cpu" else LOGIT_TILE_BYTES
+    width = min(len(weight), BLOCK)
+    height = max(1, at_once // (4 * width)) if len(weight) > BLOCK else min(512, max(1, at_once // (4 * width)))
+    return slices(len(hidden), height), slices(len(weight), width)
+
+
+def slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
