@@ -1,4 +1,4 @@
-"""Time and peak memory of log-probabilities with gradients: chunked over the tokens (as in training) or all at once.
+"""Time and peak memory of log-probabilities with gradients: in tiles (as in training) or all at once.
 
     uv run benchmarks/logps.py
 
@@ -17,7 +17,7 @@ from common import Worker, median_of_ratios, serve, table, timed
 
 def side(
     connection: Connection,
-    chunked: bool,
+    tiled: bool,
     rows: int,
     length: int,
     hidden: int,
@@ -28,7 +28,7 @@ def side(
     """A worker that computes the log-probabilities of rows × length random tokens."""
     import torch
 
-    from logprobs import ChunkedLogps
+    from logprobs import BlockedLogps
     from run import peak_memory_gb
 
     torch.manual_seed(0)
@@ -38,8 +38,8 @@ def side(
     targets = torch.randint(vocabulary, (rows * length,), device=device)  # (N,)
 
     def step() -> None:
-        if chunked:
-            logps = ChunkedLogps.apply(states, weight, targets, 1.0, None)[0]  # (N,)
+        if tiled:
+            logps = BlockedLogps.apply(states, weight, targets, 1.0, None)[0]  # (N,)
         else:
             logits = (states @ weight.T).float()  # (N, V)
             logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]  # (N,)
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="steps of each side, in turns")
     args = parser.parse_args()
     shape = (args.rows, args.length, args.hidden, args.vocabulary, args.device, args.dtype)
-    workers = {"all logits at once": Worker(side, False, *shape), "in chunks": Worker(side, True, *shape)}
+    workers = {"all logits at once": Worker(side, False, *shape), "in tiles": Worker(side, True, *shape)}
     times: dict[str, list[float]] = {name: [] for name in workers}
     for worker in workers.values():
         worker.ready()
@@ -74,12 +74,12 @@ def main() -> None:
             times[name] += worker.steps(1)
     peaks = {name: worker.end() for name, worker in workers.items()}
     rows = [[name, f"{statistics.median(times[name]):.2f}", f"{peaks[name]:.2f}"] for name in workers]
-    naive, chunked = workers
+    naive, tiled = workers
     model = f"hidden {args.hidden}, vocabulary {args.vocabulary:,}, {args.dtype}, {args.device}"
     print(f"{args.rows} × {args.length} tokens, {model}")
     print(table(["", "seconds", "additional memory, GB"], rows))
-    ratio = median_of_ratios(times[chunked], times[naive])
-    print(f"in chunks: {ratio:.2f} × the time, 1/{peaks[naive] / peaks[chunked]:.1f} of the memory")
+    ratio = median_of_ratios(times[tiled], times[naive])
+    print(f"in tiles: {ratio:.2f} × the time, 1/{peaks[naive] / peaks[tiled]:.1f} of the memory")
 
 
 if __name__ == "__main__":

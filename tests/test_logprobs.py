@@ -9,7 +9,7 @@ from small_models import plain_inputs, questions
 import logprobs
 from config import parse_args
 from llms import recompute_activations
-from logprobs import ChunkedLogps, masked_mean, reference_logps, token_logps, token_logps_and_entropy
+from logprobs import BlockedLogps, masked_mean, reference_logps, token_logps, token_logps_and_entropy
 
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}  # transformers' RMS norm computes in float32 whatever the weights are
 
@@ -155,25 +155,39 @@ def test_sharing_and_recomputing_change_no_gradient(load, family, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_chunked_logps_gradient_equals_numerical_one(monkeypatch, temperature):
-    """Against numerical differentiation, two tokens of seven at a time."""
+@pytest.mark.parametrize(("block", "kept"), [(4, 4 * 4 * 2), (11, 4 * 11 * 2), (3, 2**20)])
+def test_tiled_logps_have_the_numerical_gradient(monkeypatch, temperature, block, kept):
+    """Against numerical differentiation, in tiles of some tokens × some of the vocabulary."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 5, generator=generator).double().requires_grad_() for n in (7, 11))
     targets = torch.randint(2, 11, (7,), generator=generator)
     excluded = torch.zeros(11, dtype=torch.bool)
     excluded[:2] = True
-    monkeypatch.setattr(logprobs, "KEPT_BYTES", 4 * 11 * 2)
-    assert len(logprobs.chunks(hidden, weight)) == 4
+    monkeypatch.setattr(logprobs, "BLOCK", block)
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", kept)
+    assert len(logprobs.tiles(hidden, weight)[0]) * len(logprobs.tiles(hidden, weight)[1]) > 1
 
     def logps(hidden, weight):
-        return ChunkedLogps.apply(hidden, weight, targets, temperature, excluded)[0]
+        return BlockedLogps.apply(hidden, weight, targets, temperature, excluded)[0]
 
     assert torch.autograd.gradcheck(logps, (hidden, weight))
-    logits = (hidden @ weight.T / temperature).masked_fill(excluded, -torch.inf)
-    torch.testing.assert_close(logps(hidden, weight), logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    full = (hidden @ weight.T / temperature).masked_fill(excluded, -torch.inf).log_softmax(-1)  # (N, V)
+    found, entropy = BlockedLogps.apply(hidden, weight, targets, temperature, excluded)
+    torch.testing.assert_close(found, full.gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropy, -(full.exp() * full.masked_fill(excluded, 0.0)).sum(1))
 
 
-def test_chunks_change_no_value_and_no_gradient(load, monkeypatch):
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_gets_no_gradient(frozen):
+    sides = {"hidden": torch.randn(7, 5), "weight": torch.randn(11, 5)}
+    for name, tensor in sides.items():
+        tensor.requires_grad_(name != frozen)
+    logps, _ = BlockedLogps.apply(sides["hidden"], sides["weight"], torch.arange(7), 1.0, None)
+    logps.sum().backward()
+    assert [name for name, tensor in sides.items() if tensor.grad is None] == [frozen]
+
+
+def test_tiles_change_no_value_and_no_gradient(load, monkeypatch):
     llm = load("qwen2")
     rollout = draw(llm, "qwen2")
 
@@ -183,18 +197,20 @@ def test_chunks_change_no_value_and_no_gradient(load, monkeypatch):
 
     whole, whole_gradients = run()
     monkeypatch.setattr(logprobs, "KEPT_BYTES", 1)  # one token at a time
+    monkeypatch.setattr(logprobs, "BLOCK", 100)
     parts, part_gradients = run()
     torch.testing.assert_close(parts, whole)
     assert_same_gradients(part_gradients, whole_gradients)
 
 
-def test_chunks_cover_every_token_once_within_their_memory():
+def test_tiles_cover_everything_once_within_their_memory():
     weight = torch.empty(100_000, 4, device="meta")
-    for hidden in (torch.empty(1500, 4), torch.empty(1500, 4, device="meta")):  # "meta" is no CPU
-        parts = logprobs.chunks(hidden, weight)
-        assert [i for part in parts for i in range(1500)[part]] == list(range(1500))
-        allowed = logprobs.KEPT_BYTES if hidden.device.type == "cpu" else logprobs.LOGIT_CHUNK_BYTES
-        assert 1 < len(range(1500)[parts[0]]) <= min(512, allowed / (4 * 100_000))
+    for hidden in (torch.empty(9500, 4), torch.empty(9500, 4, device="meta")):  # "meta" is no CPU
+        tokens, blocks = logprobs.tiles(hidden, weight)
+        assert [i for part in tokens for i in range(9500)[part]] == list(range(9500))
+        assert [i for block in blocks for i in range(100_000)[block]] == list(range(100_000))
+        allowed = logprobs.KEPT_BYTES if hidden.device.type == "cpu" else logprobs.LOGIT_TILE_BYTES
+        assert 4 * len(range(9500)[tokens[0]]) * len(range(100_000)[blocks[0]]) <= allowed
 
 
 def test_logps_of_bfloat16_weights_are_computed_in_float32(load):
