@@ -237,7 +237,7 @@ class BlockedLogps(torch.autograd.Function):
         scale = -grad_logps / ctx.temperature  # (N,)
         for block in blocks:
             hide = None if ctx.excluded is None else ctx.excluded[block]  # (v,)
-            of_block = None  # (v, H), the block's part of the weight's gradient
+            of_block: Tensor | None = None  # (v, H), the block's part of the weight's gradient
             for part in tokens:
                 p = tempered_logits(hidden[part], weight[block], ctx.temperature, hide)  # (n, v)
                 p.sub_(log_sum[part, None]).exp_()
@@ -253,7 +253,7 @@ class BlockedLogps(torch.autograd.Function):
                     else:
                         wide = product.to(layers.wide(product.dtype))
                         of_block = wide if of_block is None else of_block.add_(wide)
-            if grad_weight is not None:
+            if grad_weight is not None and of_block is not None:
                 grad_weight[block] = of_block
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 

@@ -34,7 +34,7 @@ def side(
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     states = torch.randn(rows * length, hidden, device=device, dtype=kind, requires_grad=True)  # (N, H)
-    weight = (torch.randn(vocabulary, hidden, device=device) * hidden**-0.5).to(kind).requires_grad_()  # (V, H)
+    weight = torch.randn(vocabulary, hidden, device=device, dtype=kind).mul_(hidden**-0.5).requires_grad_()  # (V, H)
     targets = torch.randint(vocabulary, (rows * length,), device=device)  # (N,)
 
     def step() -> None:
