@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
@@ -26,10 +27,10 @@ from transformers.utils import logging
 from logprobs import KEPT_BYTES
 from model_checks import (
     ModelError,
-    refuse_ids_beyond_embedding,
     refuse_incomplete_folder,
     refuse_missing_tensors,
     refuse_qwen_vl_chat,
+    refuse_unfit_tokenizer,
     refuse_unknown_architecture,
     report_other_tokenizer,
 )
@@ -207,7 +208,7 @@ def load_llm(
         name=name,
         chat_template_kwargs=chat_template_kwargs or {},
     )
-    refuse_ids_beyond_embedding(llm)
+    refuse_unfit_tokenizer(llm)
     report_other_tokenizer(llm)
     check_numbers(llm)
     return llm
@@ -216,10 +217,9 @@ def load_llm(
 def hub_answers(seconds: float = 5.0) -> bool:
     """Is the hub reachable? One quick request; otherwise huggingface_hub retries each file for 23 s even if cached."""
     try:
-        get_session().head(constants.ENDPOINT, timeout=seconds)
+        return get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 500
     except Exception:  # the HTTP library has its own exception types
         return False
-    return True
 
 
 def union_of_eos(tokenizer: Any, processor: Any, model: Any) -> tuple[int, ...]:
@@ -274,25 +274,29 @@ class readable_errors:  # lower case, like the context managers of the standard 
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, ModelError):
-            raise ModelError(f"the model {self.name!r} cannot be loaded: {advice_for(error)}") from error
+            advice = advice_for(error, self.name, Path(self.name).is_dir())
+            raise ModelError(f"the model {self.name!r} cannot be loaded: {advice}") from error
 
 
-def advice_for(error: Exception) -> str:
-    """Why loading failed, by the types of the exceptions behind it, and what to do."""
+def advice_for(error: Exception, name: str, local: bool) -> str:
+    """Why loading the model `name` failed, and what to do, by the types of the exceptions behind the error."""
     causes: list[BaseException] = [error]
     while nested := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(nested)
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).replace(name, "it").split())  # a name may hold any word
+    unknown = any(isinstance(cause, RepositoryNotFoundError) for cause in causes)  # the hub answers 401 to these too
     status = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
-    if any(isinstance(cause, GatedRepoError) for cause in causes) or {401, 403} & set(status):
+    if any(isinstance(cause, GatedRepoError) for cause in causes) or ({401, 403} & set(status) and not unknown):
         return "it needs permission: accept its licence on the hub and set HF_TOKEN"
     if "trust_remote_code" in text or "custom code" in text:
         return "it needs code from the hub, which is never executed here: choose a model that transformers knows"
     if "safetensors" in text and "does not appear to have" in text:
         return "it has no safetensors weights; pickled weights are not loaded here because they can run code"
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged ({text[:160]}): get them again"
     if isinstance(error, ImportError):
         return f"a package is missing: {text[:200]}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not local:
         return (
             "it is neither a local folder nor a model that the hub (or its cache on this machine) gives; check the "
             f"name, the network, and HF_TOKEN if it is private ({text[:160]})"

@@ -42,16 +42,22 @@ def refuse_unknown_architecture(config: Any, name: str) -> bool:
     return is_vision
 
 
+CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")  # transformers ignores damage in some
+
+
 def refuse_incomplete_folder(folder: Path) -> None:
-    """Refuse a local folder without a config, or without all of its safetensors weights."""
+    """Refuse a local folder that lacks its config or some of its safetensors weights, or has damaged settings."""
     try:
         names = {path.name for path in folder.iterdir()}
-        index = folder / "model.safetensors.index.json"
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.name in names else set()
-        for name in sorted(names & {"config.json", *shards}):
+        for name in sorted(names & set(CONFIG_FILES)):
+            read_object(folder / name)
+        index = "model.safetensors.index.json"
+        shards = set(read_object(folder / index)["weight_map"].values()) if index in names else set()
+        for name in sorted(names & shards):
             open(folder / name, "rb").close()
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"the folder {folder} cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"the folder {folder} cannot be read: {reason}") from error
     if "config.json" not in names:
         raise ModelError(f"the folder {folder} holds no model: it has no config.json")
     if missing := sorted(shards - names):
@@ -62,6 +68,17 @@ def refuse_incomplete_folder(folder: Path) -> None:
         raise ModelError(
             f"the folder {folder} has no safetensors weights; pickled weights are not loaded because they can run code"
         )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError that names the file if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return found
 
 
 def refuse_missing_tensors(loaded: dict[str, Any], name: str) -> None:
@@ -76,8 +93,10 @@ def refuse_missing_tensors(loaded: dict[str, Any], name: str) -> None:
         print(f"{name}: {len(surplus)} tensors of its weights are not used by the model, such as {surplus[0]}")
 
 
-def refuse_ids_beyond_embedding(llm: LLM) -> None:
-    """Refuse a tokenizer with more tokens than the embedding, and special tokens beyond it."""
+def refuse_unfit_tokenizer(llm: LLM) -> None:
+    """Refuse a tokenizer without a vocabulary, or with more tokens than the embedding, and special ids beyond it."""
+    if not llm.tokenizer("How many eggs?", add_special_tokens=False)["input_ids"]:
+        raise ModelError(f"{llm.name} has a tokenizer without a vocabulary: is its tokenizer.json missing?")
     rows = llm.model.get_input_embeddings().weight.shape[0]
     special = (llm.pad_token_id, *llm.eos_token_ids, *llm.excluded_token_ids)
     if (most := max(*special, llm.tokenizer.vocab_size - 1)) >= rows:
@@ -101,11 +120,11 @@ def report_other_tokenizer(llm: LLM) -> None:
     in code, and ignores those of the file."""
     if type(llm.tokenizer) is transformers.PreTrainedTokenizerFast:
         return  # reads the file itself
-    local = Path(llm.name) / "tokenizer.json"
-    file = str(local) if local.is_file() else try_to_load_from_cache(llm.name, "tokenizer.json")
-    if not isinstance(file, str):
+    folder = Path(llm.name)
+    file = folder / "tokenizer.json" if folder.is_dir() else try_to_load_from_cache(llm.name, "tokenizer.json")
+    if not isinstance(file, str | Path) or not Path(file).is_file():
         return
-    own = tokenizers.Tokenizer.from_file(file)
+    own = tokenizers.Tokenizer.from_file(str(file))
     for text in SPLIT_TEXTS:
         expected = own.encode(text, add_special_tokens=False).ids
         found = llm.tokenizer(text, add_special_tokens=False)["input_ids"]

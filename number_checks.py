@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import layers
 from logprobs import token_logps
@@ -41,7 +43,7 @@ def check_numbers(llm: LLM) -> None:
     Raises:
         ModelError: the model's own forward pass cannot be used either.
     """
-    problem = head_problem(llm)
+    problem = cache_problem(llm.model) or head_problem(llm)
     if not problem and layers.has_fast_layers(llm.model):
         if not (slower := layers_problem(llm.model) or rollout_problem(llm)):
             return
@@ -68,6 +70,17 @@ def compare(what: str, measure: Callable[[], float], most: float, unit: str = ""
     except Exception as error:  # architectures fail in many ways
         return f"{what} fails with {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return "" if found <= most else f"{what} differs by {found:.2g}{unit} from the model's own numbers"
+
+
+def cache_problem(model: Any) -> str:
+    """Rows that share a prompt share its keys and values. A recurrent state is not copied like those, and an index of
+    the keys that matter is only used by sequences longer than the trial's."""
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers}
+    except Exception as error:  # transformers has no cache for some kinds of layers
+        return f"its cache fails with {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    others = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    return f"it keeps other states than keys and values ({others[0]})" if others else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

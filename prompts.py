@@ -86,8 +86,8 @@ class Prompts:
 # transformers passes no functions to a template, so a macro takes the place of its `strftime_now`.
 DATE = {"%d": "01", "%-d": "1", "%m": "01", "%b": "Jan", "%B": "January", "%Y": "2025", "%y": "25", "%A": "Wednesday"}
 DATE |= {"%a": "Wed", "%H": "00", "%M": "00", "%S": "00", "%F": "2025-01-01", "%j": "001"}
-FIXED_DATE = "{%- macro strftime_now(form) -%}{{ form"
-FIXED_DATE += "".join(f" | replace('{code}', '{value}')" for code, value in DATE.items()) + " }}{%- endmacro -%}"
+FIXED_DATE = "{% macro strftime_now(form) %}{{ form"
+FIXED_DATE += "".join(f" | replace('{code}', '{value}')" for code, value in DATE.items()) + " }}{% endmacro %}\n"
 
 
 def chat_text(llm: LLM, example: Example) -> str:
@@ -101,8 +101,8 @@ def chat_text(llm: LLM, example: Example) -> str:
     if (writer := template_writer(llm.tokenizer, llm.processor)) is None:  # a base model, which continues the text
         return "\n\n".join(plain_text(message["content"]) for message in example.messages) + "\n\n"
     options = {**llm.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True}
-    if "strftime_now" in str(writer.chat_template):
-        options["chat_template"] = FIXED_DATE + writer.get_chat_template(None)
+    template = writer.chat_template if isinstance(writer.chat_template, str) else writer.chat_template["default"]
+    options["chat_template"] = FIXED_DATE + template if "strftime_now" in template else template
     reason = ""
     for messages in (example.messages, without_system(example.messages)):
         try:
@@ -118,7 +118,8 @@ def chat_text(llm: LLM, example: Example) -> str:
 
 def template_writer(tokenizer: Any, processor: Any) -> Any:
     """The processor or the tokenizer, the one that has a chat template; None for a base model without one."""
-    return next((one for one in (processor, tokenizer) if one is not None and one.chat_template), None)
+    writers = [one for one in (processor, tokenizer) if one is not None and one.chat_template]
+    return next((one for one in writers if isinstance(one.chat_template, str) or "default" in one.chat_template), None)
 
 
 def closing_token(tokenizer: Any, processor: Any) -> int | None:
@@ -204,10 +205,6 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
     for row, tokens in enumerate(encoded):
         ids[row, length - len(tokens) :] = torch.as_tensor(tokens)
         mask[row, length - len(tokens) :] = True
-    rows = llm.model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= rows:
-        token = llm.tokenizer.convert_ids_to_tokens(int(ids.max()))
-        raise ModelError(f"{llm.name} has an embedding of {rows} rows, too few for its tokenizer's token {token!r}")
     rows = llm.model.get_input_embeddings().weight.shape[0]
     if int(ids.max()) >= rows:
         token = llm.tokenizer.convert_ids_to_tokens(int(ids.max()))
