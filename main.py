@@ -174,7 +174,7 @@ def sample_and_score(
         completions = [evaluator.parse(text) for text in rollout.texts]  # B
         answers = [example.answer for example in examples for _ in range(config.num_generations)]  # B
         rewards, metrics = evaluator.compute_rewards(completions, answers)  # (B, K)
-    if config.shuffle_rewards:  # a control: rewards that do not belong to their completions must not teach anything
+    if config.shuffle_rewards:  # a control that must not learn: rewards no longer belong to their completions
         generator = torch.Generator().manual_seed(loader.state_dict()["position"])
         rewards = rewards[torch.randperm(len(rewards), generator=generator)]
     batch = Batch(examples, rollout, completions, rewards)

@@ -18,7 +18,7 @@ STEP = "--max_steps 1 --train_size 8 --eval_size 2 --prompts_per_step 2 --num_ge
 STEP += "--max_completion_length 8"
 RUNS = {  # what each diff is tried with: the task of the small model, and flags
     "A reward component": ("arithmetic", "--dataset_name arithmetic --dataset_options steps=1"),
-    "A loss variant with a number of its own": (
+    "A loss variant with a new number": (
         "arithmetic",
         "--dataset_name arithmetic --dataset_options steps=1 --objective dual_clip",
     ),
@@ -70,7 +70,7 @@ def test_a_diff_applies_and_trains(title, diff, changed_copy, task_models, tmp_p
 
 
 def test_a_loss_variant_touches_two_files(tmp_path):
-    diff = dict(DIFFS)["A loss variant with a number of its own"]
+    diff = dict(DIFFS)["A loss variant with a new number"]
     for name in ("config.py", "main.py"):
         shutil.copy(ROOT / name, tmp_path)
     assert apply(diff, tmp_path) == {"config.py", "main.py"}
