@@ -409,6 +409,7 @@ def test_correlation_of_what_does_not_vary_is_0(contents):
     assert measured["pearson_r"] == 0.0
 
 
+@pytest.mark.slow
 def test_guessing_correlations():
     rng = np.random.default_rng(0)
     answers = [f"{r:.2f}" for r in rng.uniform(-1, 1, 4000)]
@@ -461,6 +462,7 @@ def check_scored(task: str, completion: str) -> None:
     json.dumps(scorer.predict(completion), allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", EVALUATORS)
 @settings(max_examples=300, deadline=None)
 @given(completion=any_text)
@@ -517,6 +519,7 @@ PATHOLOGICAL = {
 ONE_PER_CLASS = {kind: task for task, kind in EVALUATORS.items()}.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ONE_PER_CLASS)
 @pytest.mark.parametrize("case", PATHOLOGICAL)
 def test_pathological_text_is_scored_in_linear_time(task, case):

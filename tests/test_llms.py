@@ -270,6 +270,7 @@ def test_refuses_a_limit_below_every_test_prompt(load):
 # Saving
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_model_loads_in_transformers(load, family, tmp_path):
     """After sampling the weights are views of fused storage, which must not show in the files."""

@@ -154,6 +154,7 @@ def test_sharing_and_recomputing_change_no_gradient(load, family, monkeypatch):
     assert_same_gradients(recomputed_gradients, plain_gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize(("block", "kept"), [(4, 4 * 4 * 2), (11, 4 * 11 * 2), (3, 2**20)])
 def test_tiled_logps_have_the_numerical_gradient(monkeypatch, temperature, block, kept):

@@ -57,6 +57,7 @@ def assert_same_step(one, other):
         torch.testing.assert_close(same, gradient, atol=1e-5, rtol=1e-4)  # RMS norms compute in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
 def test_gradient_does_not_depend_on_micro_batches(load, family, objective):

@@ -661,6 +661,7 @@ FAMILIES_AND_PRESETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), FAMILIES_AND_PRESETS)
 def test_updates_match_a_plain_implementation(load, in_float64, family, name):
     """Three updates from one batch, for every division into micro-batches: the weights after each equal those of an
@@ -696,6 +697,7 @@ def test_updates_match_a_plain_implementation(load, in_float64, family, name):
                 torch.testing.assert_close(weight.detach(), value, rtol=0, atol=1e-10)  # an update moves by 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].clip == "ratio"])
 @pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
 def test_step_gradient_by_finite_differences(load, in_float64, family, name):

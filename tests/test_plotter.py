@@ -101,6 +101,7 @@ def test_every_task_gets_its_charts(tmp_path, capsys, task, names):
     assert f"| {shown}" in capsys.readouterr().out and f"| {shown}" in (run / "plots/scores.md").read_text()
 
 
+@pytest.mark.slow
 def test_training_is_drawn_raw_and_smoothed(tmp_path):
     run = make_run(tmp_path / "run", "clock", steps=45, eval_steps=15, eval_size=8)
     (ax,) = charts_of(run)["eval_score"].axes
@@ -115,6 +116,7 @@ def test_training_is_drawn_raw_and_smoothed(tmp_path):
     assert [text.get_text() for text in ax.texts] == ["guessing: 180.0 min"] and ax.get_ylabel() == "min"
 
 
+@pytest.mark.slow
 def test_shares_are_drawn_as_percent_with_their_interval(tmp_path):
     run = make_run(tmp_path / "run", "gsm8k", steps=6, eval_steps=3, eval_size=20)
     (ax,) = charts_of(run)["evaluation_accuracy"].axes
@@ -154,6 +156,7 @@ def test_one_outlier_does_not_flatten_a_chart(tmp_path):
     assert drawn["Gradient norm before clipping"].get_yscale() == "log" and drawn["Loss"].get_yscale() == "linear"
 
 
+@pytest.mark.slow
 def test_time_is_stacked_by_phase(tmp_path):
     run = make_run(tmp_path / "run", steps=6, eval_steps=3, eval_size=4)
     ax = panels(charts_of(run)["time"])["One step, phase by phase"]
@@ -230,6 +233,7 @@ def test_examples_are_counted_by_change(tmp_path):
 # ---- several runs
 
 
+@pytest.mark.slow
 def test_seeds_are_one_setting_named_by_differing_flags(tmp_path):
     folders = [make_run(tmp_path / f"{rate}-{seed}", "correlation", steps=6, eval_steps=3, eval_size=5, seed=seed,
                         learning_rate=rate, model_path=f"/models/{name}") for seed in (0, 1, 2)
@@ -266,6 +270,7 @@ def test_the_guessing_line_stays_on_the_chart(tmp_path):
     assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 2 / 3
 
 
+@pytest.mark.slow
 def test_different_tasks_and_options_can_be_compared(tmp_path):
     options = {"style": "bold", "size": 56}
     clock = make_run(tmp_path / "a", "clock", steps=3, eval_steps=3, eval_size=3, dataset_options=options)
@@ -277,6 +282,7 @@ def test_different_tasks_and_options_can_be_compared(tmp_path):
     assert lines == [["guessing: 180.0 min"], ["guessing: 0.667", "best constant answer: 0.500"]]
 
 
+@pytest.mark.slow
 def test_a_comparison_keeps_the_first_runs_charts(tmp_path, one_chart):
     a, b = (
         make_run(tmp_path / name, steps=3, eval_steps=3, eval_size=3, beta=beta) for name, beta in (("a", 0), ("b", 1))
@@ -342,6 +348,7 @@ def test_a_run_without_evaluations_is_drawn(tmp_path):
     assert report.summarize(settings_of(run)[0])["before"] == "–"
 
 
+@pytest.mark.slow
 def test_an_evaluation_alone_is_drawn(tmp_path):
     run = make_run(tmp_path / "run", "arithmetic", steps=0, eval_steps=1, eval_size=4)
     (run / "train_logs.json").unlink()
@@ -362,6 +369,7 @@ def test_damaged_files_are_left_out_with_a_warning(tmp_path, capsys, one_chart):
     assert [r["step"] for r in report.read_run(run).evals] == [0, 4]
 
 
+@pytest.mark.slow
 def test_samples_with_missing_fields_are_shown(tmp_path, one_chart):
     run = make_run(tmp_path / "run", steps=2, eval_steps=2, eval_size=2)
     rewrite(run / "train_samples/step_000001.json", lambda content: {"groups": [{}, {"completions": [{}]}]})
@@ -371,6 +379,7 @@ def test_samples_with_missing_fields_are_shown(tmp_path, one_chart):
     assert plotter.main(["--output_dir", str(run)]) == 0 and task_charts_of(run)
 
 
+@pytest.mark.slow
 def test_names_in_other_encodings_are_drawn(tmp_path, one_chart):
     """A folder name that is not UTF-8, and a metric and a flag with a lone surrogate or an escape code."""
     run = make_run(
@@ -410,6 +419,7 @@ def test_the_report_of_a_small_run_is_complete(tmp_path):
     assert not re.search(rb"""(src|href)\s*=\s*["']?(https?:)?//|url\(|@import|fetch\(""", page)
 
 
+@pytest.mark.slow
 def test_a_large_run_is_thinned_but_keeps_first_and_last(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", "clock", steps=40, eval_steps=10, eval_size=6)
     page_alone = len(write_report(run)) - len(packed_in(write_report(run)))
@@ -500,6 +510,7 @@ def test_a_notebooks_matplotlib_settings_are_reset():
     assert plotter.png_of(plotter.new_figure("Title")) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "shift_jis"])
 def test_a_terminal_that_is_not_utf8_gets_replaced_characters(tmp_path, monkeypatch, one_chart, encoding):
     run = make_run(tmp_path / "実行 – run", steps=2, eval_steps=2, eval_size=2)

@@ -508,6 +508,7 @@ def test_malformed_files_are_refused_with_the_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused(tmp_path):
     broken = b"\xff\xfe\x00", GOOD.encode() + b"\xff", codecs.BOM_UTF8 + b"\xc3(", "Äpfel".encode("latin-1")
     for data in broken:
@@ -821,6 +822,7 @@ def test_the_state_is_that_of_the_batch_handed_out():
     assert steps.epoch == pytest.approx(0.4)
 
 
+@pytest.mark.slow
 @given(sizes=SIZES, seed=st.integers(0, 99), long=st.sets(st.integers(0, 8)), done=st.integers(0, 6))
 @settings(max_examples=25, deadline=None)
 def test_a_loader_resumes_from_any_state(sizes, seed, long, done):

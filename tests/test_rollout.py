@@ -276,6 +276,7 @@ def many_questions():
     return [question("".join(random.Random(n).choices(letters, k=5 + n))) for n in range(33)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look_every", sampling.slow([1, 5, 16], 5))
 def test_removing_finished_rows_changes_nothing(load, monkeypatch, either_decoder, look_every):
     """33 rows that end at many different tokens, decoded with and without removing those that have ended.
@@ -313,6 +314,7 @@ def test_halve_to():
     assert [halve_to(9, needed) for needed in (5, 4, 2, 1)] == [9, 4, 2, 1]
 
 
+@pytest.mark.slow
 def test_buffers_are_reused_for_other_shapes(load, either_decoder):
     """A smaller request uses the decoder as it is, and nothing of earlier completions is left in it."""
     llm, family = load("qwen2_vl"), "qwen2_vl"

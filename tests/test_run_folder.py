@@ -144,6 +144,7 @@ def test_the_log_is_valid_json_after_every_call(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_append_cost_is_independent_of_log_length(tmp_path, monkeypatch):
     written = []
 
@@ -750,6 +751,7 @@ def test_killed_at_every_moment_of_a_step_with_a_checkpoint(tmp_path, monkeypatc
     assert len(resumed_from) > 40
 
 
+@pytest.mark.slow
 def test_killed_while_saving_at_random_moments(tmp_path):
     """Like the test above, but the kill also comes in the middle of writes and syncs."""
     folder = new_run(tmp_path, steps=1)

@@ -82,6 +82,7 @@ def weights_of(folder: Path) -> bytes:
 # The folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_loads_through_the_auto_classes(build, task):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -232,6 +233,7 @@ def test_unwritable_cache_is_refused_with_status_2(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
 def test_cached_files_have_the_mode_of_the_umask(tmp_path, umask):
@@ -314,6 +316,7 @@ def test_two_processes_may_build_the_same_model(tmp_path):
         tiny_models.rename_into_place(tmp_path / "unfinished", tmp_path / "nowhere" / "folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["arithmetic", "correlation"])
 def test_builds_are_equal_and_leave_random_states_alone(task, tmp_path):
     def random_states():
