@@ -131,7 +131,7 @@ def logged_values(folder: Path) -> dict[tuple[str, str], object]:
     """{(column, place): value} of the log, the evaluations and the samples; a digest of the last weights."""
     values: dict[tuple[str, str], object] = {}
     for record in json.loads((folder / "train_logs.json").read_text()):
-        values |= {(name, f"step {record['step']}"): value for name, value in record.items()}
+        values |= {(name, f"step {record['step']:03}"): value for name, value in record.items()}
     for path in sorted([*folder.glob("eval_logs/*.json"), *folder.glob("train_samples/*.json")]):
         content = json.loads(path.read_text())
         values |= {(f"{path.parent.name}: {name}", path.name): value for name, value in content.items()}
