@@ -618,7 +618,7 @@ def test_evaluations_reuse_generator_and_decoder(load, monkeypatch):
     """CUDA graphs are captured with a generator: a new one in each evaluation needed new graphs, which were kept."""
     llm = load("qwen2")
     sampler, used = Sampler(llm, seed=7), []
-    start = Decoder.start
+    generator, state, start = sampler.generator, sampler.generator.get_state(), Decoder.start
 
     def recorded(decoder, prompts, cache, num_generations, temperature, generator, ignore_eos):
         used.append((decoder, generator))
@@ -627,10 +627,9 @@ def test_evaluations_reuse_generator_and_decoder(load, monkeypatch):
     monkeypatch.setattr(Decoder, "start", recorded)
     first = evaluation_of(llm, "--eval_samples 8", sampler=sampler)  # 24 rows at once: the most there will be
     used.clear()
-    before = sampler.generator.get_state()
     second = evaluation_of(llm, "--eval_samples 8", sampler=sampler)
-    assert torch.equal(sampler.generator.get_state(), before)
-    assert {generator for _, generator in used} == {sampler.generator} and len({decoder for decoder, _ in used}) == 1
+    assert torch.equal(generator.get_state(), state)
+    assert {each for _, each in used} == {generator} and len({decoder for decoder, _ in used}) == 1
     assert isinstance(used[0][0], FusedDecoder)
     first[0].pop("seconds"), second[0].pop("seconds")
     assert first == second  # the same samples in every evaluation

@@ -138,12 +138,12 @@ def test_lines_come_every_few_seconds(capsys, clock):
 def test_the_time_left_follows_recent_steps(capsys, clock):
     """The first steps may be slow: the median of the last 50 counts."""
     shown = Progress(dataclasses.replace(CONFIG, max_steps=1000), HEADLINE, step=0)
-    for step in range(1, 101):
-        shown.step({**RECORD, "step": step, "seconds/total": 100.0 if step <= 50 else 1.0})
+    for step in range(1, 131):
+        shown.step({**RECORD, "step": step, "seconds/total": 100.0 if step <= 80 else 1.0})
     capsys.readouterr()
     clock.now += 60
-    shown.step({**RECORD, "step": 101, "seconds/total": 1.0})
-    assert "14 min 59 s" in capsys.readouterr().out  # 899 steps of 1 s
+    shown.step({**RECORD, "step": 131, "seconds/total": 1.0})
+    assert "14 min 29 s" in capsys.readouterr().out  # 869 steps of 1 s
 
 
 def test_each_explanation_is_given_once(capsys, clock):
