@@ -94,7 +94,7 @@ class Completion:
     reply: str  # what follows a closed <think> block; the text without one. Only this is scored
     tagged: str | None  # the contents of the reply's answer block; None without one
     strict_format: bool  # whether the reply is exactly in the asked format
-    prediction: Answer  # the lenient reading: the last answer in the answer block or, without one, in the reply
+    prediction: Answer  # the lenient reading: the last answer in the answer block, else in the reply, else in the text
     strict_prediction: Answer  # the only answer in the answer block
 
 

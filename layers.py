@@ -19,7 +19,7 @@ from torch import Tensor
 FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
 
 
-def has_fast_layers(model) -> bool:
+def has_fast_layers(model: Any) -> bool:
     """Does `run_layers` compute this architecture? Others go through transformers' own forward pass."""
     if getattr(model, "fast_layers_differ", False):
         return False
@@ -30,17 +30,17 @@ def has_fast_layers(model) -> bool:
     return config.model_type in FAMILIES and full_attention and static_rope and config.hidden_act == "silu"
 
 
-def disable(model) -> None:
+def disable(model: Any) -> None:
     """Have `has_fast_layers` answer no for this model: its numbers differ (see number_checks.py)."""
     model.fast_layers_differ = True
 
 
-def text_model_of(model):
+def text_model_of(model: Any) -> Any:
     """The decoder, without the vision tower and the output embedding."""
     return getattr(model.base_model, "language_model", model.base_model)
 
 
-def run_layers(text_model, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, fused: Any = None) -> Tensor:
+def run_layers(text_model: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, fused: Any = None) -> Tensor:
     """Token embeddings (n, H) -> last hidden states (n, H), after the final norm.
 
     Args:
@@ -76,7 +76,7 @@ def run_layers(text_model, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable
 
 
 def forward(
-    model, ids: Tensor, positions: Tensor, bias: Tensor, past: list | None = None, fused: Any = None
+    model: Any, ids: Tensor, positions: Tensor, bias: Tensor, past: list | None = None, fused: Any = None
 ) -> tuple[Tensor, list]:
     """One differentiable pass over (B, T) tokens -> hidden states (B, T, H), and each layer's keys and values.
 
@@ -105,7 +105,7 @@ def forward(
     return x.unflatten(0, (rows, length)), cache
 
 
-def rms_norm(x: Tensor, norm) -> Tensor:
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
     """x / rms(x) · weight over the last dimension, with the weight and epsilon of the module `norm`."""
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
@@ -122,14 +122,14 @@ class RMSNorm(torch.autograd.Function):
     """`rms_norm` with its gradient in closed form: on a CPU three times faster than torch's own dozen small steps."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         inverse = inverse_rms(x, epsilon)  # (…, 1)
         normed = (x * inverse).to(x.dtype)
         ctx.save_for_backward(normed, weight, inverse)
         return normed * weight
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         normed, weight, inverse = ctx.saved_tensors
         product = grad * normed
         mean = (product @ weight).unsqueeze(-1) / weight.numel()  # (…, 1): a change of rms(x) moves every element
@@ -137,7 +137,7 @@ class RMSNorm(torch.autograd.Function):
         return grad_x, product.flatten(0, -2).sum(0), None
 
 
-def gated_down(gate: Tensor, up: Tensor, down) -> Tensor:
+def gated_down(gate: Tensor, up: Tensor, down: Any) -> Tensor:
     """down(silu(gate) · up) for the linear module `down`: (n, I), (n, I) -> (n, H)."""
     if torch.is_grad_enabled() and type(down) is torch.nn.Linear:
         return SwiGLU.apply(gate, up, down.weight, down.bias)
@@ -149,13 +149,13 @@ class SwiGLU(torch.autograd.Function):
     what autograd would keep, in the widest part of a layer."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.has_bias = bias is not None
         return F.linear(F.silu(gate) * up, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         activated = F.silu(gate)  # (n, I)
         grad_product = grad @ weight  # (n, I)
@@ -165,7 +165,7 @@ class SwiGLU(torch.autograd.Function):
         return grad_gate, grad_product.mul_(activated), grad_weight, grad_bias
 
 
-def rotary(text_model, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(text_model: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (B, T, D), of positions (B, T) or (3, B, T); `sin` carries the signs that `rotate` needs."""
     cos, sin = text_model.rotary_emb(x, positions)
     first, second = sin.chunk(2, -1)

@@ -176,7 +176,7 @@ def sample_and_score(
         rewards, metrics = evaluator.compute_rewards(completions, answers)  # (B, K)
     if config.shuffle_rewards:  # a control that must not learn: rewards no longer belong to their completions
         generator = torch.Generator().manual_seed(loader.state_dict()["position"])
-        rewards = rewards[torch.randperm(len(rewards), generator=generator)]
+        rewards = rewards[torch.randperm(len(rewards), generator=generator)]  # (B, K)
     batch = Batch(examples, rollout, completions, rewards)
     if config.objective.overlong_buffer:
         metrics["overlong_penalty"] = float(overlong_penalty(rollout.lengths, config).mean())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from plain_reference import compute_in_float64
 from sampling import FAMILIES, assert_same_gradients, draw, gradients
 from small_models import TEXT
@@ -76,3 +77,20 @@ def test_rms_norm_is_the_same_with_and_without_gradients(load):
     torch.testing.assert_close(rms_norm(x, norm).detach(), without)
     expected = torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     torch.testing.assert_close(without, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_swiglu_keeps_two_tensors_for_the_same_gradients(dtype, bias):
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(7, 12, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    grad = torch.randn(7, 5, generator=generator).to(dtype)
+    down = torch.nn.Linear(12, 5, bias=bias, dtype=dtype)
+    inputs = (gate, up, *down.parameters())
+    expected = torch.autograd.grad(down(F.silu(gate) * up), inputs, grad)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = layers.gated_down(gate, up, down)
+    assert sorted(tensor.numel() for tensor in kept) == sorted([gate.numel(), up.numel(), down.weight.numel()])
+    for found, right in zip(torch.autograd.grad(output, inputs, grad), expected, strict=True):
+        assert torch.equal(found, right)
