@@ -259,6 +259,8 @@ def parse_options(parser: Parser, given: dict[str, Any], defaults: dict[str, Any
     for key in options:
         if key not in known:
             parser.error(f"the task {given['dataset_name']!r} has no option {key!r}; {did_you_mean(key, known)}")
+    if given["model_path"] == "tiny" and parse_option(options.get("shots", 0)):
+        parser.error("tiny models are taught the asked format without solved examples: leave out shots")
     return dict(defaults) | options
 
 

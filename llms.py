@@ -347,4 +347,5 @@ def refuse_unfit_model(config: Config, llm: LLM, train_set: Dataset, test_set: D
                 refuse_stray_placeholders(llm, dataset[index], chat_text(llm, dataset[index]))
     lengths = (encode_prompts(llm, [test_set[i]]).lengths[0] for i in range(len(test_set)))
     if all(length > config.max_prompt_length for length in lengths):
-        raise ModelError(f"all test prompts are longer than --max_prompt_length {config.max_prompt_length}: raise it")
+        hint = f"raise it{', or lower shots in --dataset_options' if test_set.shots else ''}"
+        raise ModelError(f"all test prompts are longer than --max_prompt_length {config.max_prompt_length}: {hint}")

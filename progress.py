@@ -75,6 +75,8 @@ class Progress:
 def explanations(record: dict[str, Any], config: Config, dtype: str = "float32") -> dict[str, str]:
     """Explanations, by subject, of log values that look wrong but are not, and of those that are. `dtype` is that of
     the weights."""
+    from rldatasets import dataset_options, parse_option  # which imports this module
+
     found = {}
     if abs(record["loss"]) < 1e-6 and record["zero_std_fraction"] < 1:
         found["loss"] = (
@@ -95,6 +97,8 @@ def explanations(record: dict[str, Any], config: Config, dtype: str = "float32")
         found["format"] = (
             "no completion had the asked format; the format reward gives no signal until some completion uses it"
         )
+        if "shots" in dataset_options(config.dataset_name) and not parse_option(config.dataset_options.get("shots", 0)):
+            found["format"] += "; --dataset_options shots=2 shows the model two solved examples before each question"
     # Log-probabilities are those of logits / temperature, and so is their rounding.
     rounding = LARGEST_ROUNDING.get(dtype, 0.05) / min(1.0, config.temperature)
     difference = record.get("sampler_logp_diff", 0.0)

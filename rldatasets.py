@@ -45,7 +45,7 @@ class Example:
     """One question, with as many image placeholders in its messages as there are images."""
 
     id: str  # unique, usable as a file name: "clock-train-0-17"
-    messages: list[dict]  # chat format: a system message and a user message
+    messages: list[dict]  # chat format: a system message, solved examples if the task shows some, the user's message
     images: list[Image.Image]  # RGB, as the model sees them
     answer: str  # in the form that the task's evaluator reads: "08:15:30", "-0.42", "72"
 
@@ -63,6 +63,7 @@ class Dataset(ABC):
     name: str
     modality: str  # "text" or "vision"
     reads_files = False
+    shots = 0  # solved examples before each question
 
     def __init__(self, split: str, num_examples: int | None = None, seed: int = 0, path: str | None = None):
         if split not in SPLITS:
@@ -91,7 +92,8 @@ class Dataset(ABC):
             raise ValueError(f"the example {name} cannot be made: {error!r}") from error
         placeholders = [{"type": "image"} for _ in images]
         content: Any = [*placeholders, {"type": "text", "text": question}] if images else question
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
+        user = {"role": "user", "content": content}
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *self.solved_examples(index), user]
         return Example(name, messages, images, answer)
 
     @abstractmethod
@@ -101,6 +103,10 @@ class Dataset(ABC):
     def solution(self, index: int) -> str:
         """The reasoning that leads to the answer, for a supervised warm-up; empty if the task has none."""
         return ""
+
+    def solved_examples(self, index: int) -> list[dict]:
+        """Messages before the question: solved training examples, each one a turn of the user and of the assistant."""
+        return []
 
     def rng(self, index: int) -> np.random.Generator:
         """The source of all randomness of one example."""
@@ -201,7 +207,10 @@ class CorrelationDataset(Dataset):
 # Word problems
 # ---------------------------------------------------------------------------------------------------------------------
 class WordProblems(Dataset):
-    """Base of the tasks in GSM8K's form: a question, and an answer text that ends with `#### ` and the number."""
+    """Base of the tasks in GSM8K's form: a question, and an answer text that ends with `#### ` and the number.
+
+    All of them have the option `shots`: the number of solved training examples before each question.
+    """
 
     modality = "text"
     instruction = "The answer is a whole number."
@@ -218,6 +227,38 @@ class WordProblems(Dataset):
         """The worked steps, one a line, without GSM8K's calculator notes in `<<...>>`."""
         return re.sub(r"<<[^>]*>>", "", self.row(index)["answer"].rpartition("####")[0]).strip()
 
+    def set_shots(self, shots: object, training_set: "Callable[[], WordProblems]") -> None:
+        """Show the first `shots` training examples, solved, before each question; the next one replaces an example
+        with the solution of the question itself. `training_set` does not depend on the seed of the run.
+
+        Raises:
+            ValueError: `shots` is no whole number, negative, or too large for the training set.
+        """
+        if type(shots) is not int or shots < 0:
+            raise ValueError(f"shots must be a whole number, 0 or more, not {shots!r}")
+        self.shots = shots
+        self.solved: dict[str, list[dict]] = {}  # by solution
+        if shots == 0:
+            return
+        training = training_set()
+        for i in range(len(training)):
+            example = training[i]
+            reply = {"role": "assistant", "content": asked_format(training.solution(i), example.answer)}
+            self.solved.setdefault(training.row(i)["answer"], [example.messages[-1], reply])
+            if len(self.solved) > shots:
+                return
+        raise ValueError(
+            f"shots must be at most {len(self.solved) - 1}, not {shots}: the {len(training):,} training examples have "
+            f"{len(self.solved)} different solutions, and the question's own is not shown"
+        )
+
+    def solved_examples(self, index: int) -> list[dict]:
+        if not self.shots:
+            return []
+        own = self.row(index)["answer"]
+        others = [turns for answer, turns in self.solved.items() if answer != own]
+        return [turn for turns in others[: self.shots] for turn in turns]
+
 
 def gold_number(answer: str) -> str:
     """The number after the last `####`, without thousands separators; empty where there is none."""
@@ -233,18 +274,21 @@ class GSM8KDataset(WordProblems):
 
     `path` is a folder with train.jsonl and test.jsonl, a folder of parquet files as on the hub, or a single JSONL file,
     whose last tenth becomes the test split and the rest the training split. The seed changes nothing, and
-    `num_examples` takes the first rows.
+    `num_examples` takes the first rows. Option: `shots`.
     """
 
     name = "gsm8k"
     reads_files = True
 
-    def __init__(self, split: str, num_examples: int | None = None, seed: int = 0, path: str | None = None):
+    def __init__(
+        self, split: str, num_examples: int | None = None, seed: int = 0, path: str | None = None, *, shots: int = 0
+    ):
         super().__init__(split, num_examples, seed, path)
         self.rows = load_hub_rows(split) if path is None else load_local_rows(Path(path), split)
         self.num_examples = len(self.rows) if num_examples is None else num_examples
         if self.num_examples > len(self.rows):
             raise ValueError(f"{num_examples:,} {split} examples were asked for, but there are only {len(self.rows):,}")
+        self.set_shots(shots, lambda: GSM8KDataset("train", path=path))
 
     def row(self, index: int) -> dict[str, str]:
         return self.rows[index]
@@ -364,14 +408,16 @@ def checked_rows(numbered_rows: Iterable[tuple[int, object]], place: str) -> lis
 class ArithmeticDataset(WordProblems):
     """Generated word problems, so that a tiny text model can learn offline.
 
-    Options: `steps`, `max_number`; see `ArithmeticGenerator`. A calculation belongs to one split, in every story.
+    Options: `steps`, `max_number`, see `ArithmeticGenerator`; `shots`. A calculation belongs to one split, in every
+    story.
     """
 
     name = "arithmetic"
 
-    def __init__(self, *common: Any, steps: int = 2, max_number: int = 30):
+    def __init__(self, *common: Any, steps: int = 2, max_number: int = 30, shots: int = 0):
         super().__init__(*common)
         self.generator = ArithmeticGenerator(steps, max_number)
+        self.set_shots(shots, lambda: ArithmeticDataset("train", steps=steps, max_number=max_number))
 
     def row(self, index: int) -> dict[str, str]:
         rng = self.rng(index)
@@ -558,7 +604,8 @@ class TrainLoader:
         """At most `count` examples: those left of this epoch, or the first of the next one if none is left."""
         if self._position == len(self.dataset):
             if self._kept == 0:
-                raise ValueError(f"all {len(self.dataset)} training prompts are longer than --max_prompt_length")
+                hint = "; lower shots in --dataset_options" if self.dataset.shots else ""
+                raise ValueError(f"all {len(self.dataset)} training prompts are longer than --max_prompt_length{hint}")
             self._start_epoch(self._epoch + 1)
         indices = self._order[self._position : self._position + count]
         self._position += len(indices)

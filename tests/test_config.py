@@ -200,6 +200,7 @@ def test_number_of_steps(flags, steps):
         ("--dataset_name clock --dataset_options stile=bold", "style"),
         ("--dataset_name clock --dataset_options style", "KEY=VALUE"),
         ("--dataset_name gsm8k --dataset_options size=5", "size"),
+        ("--dataset_name gsm8k --model_path tiny --dataset_options shots=2", "shots"),
         ("--max_steps many", "invalid int value: 'many'"),
         ("--max_steps 2.5", "invalid int value: '2.5'"),
         ("--kl_estimator k4", "k3"),

@@ -263,7 +263,15 @@ def test_refuses_a_limit_below_every_test_prompt(load):
     shortest = min(encode_prompts(llm, [test_set[i] for i in range(3)]).lengths)
     rest = ["--max_completion_length", "8", "--max_prompt_length"]
     assert unfit(llm, "arithmetic", *rest, str(shortest)) == ""
-    assert f"--max_prompt_length {shortest - 1}" in unfit(llm, "arithmetic", *rest, str(shortest - 1))
+    message = unfit(llm, "arithmetic", *rest, str(shortest - 1))
+    assert f"--max_prompt_length {shortest - 1}" in message and "shots" not in message
+
+
+def test_shots_that_make_all_prompts_too_long_are_named(load):
+    test_set = get_dataset("arithmetic", "test", 3, shots=2)
+    config = parse_args(["--max_prompt_length", "150", "--max_completion_length", "8"])
+    with pytest.raises(ModelError, match=r"all test prompts .* 150: .*lower shots"):
+        llms.refuse_unfit_model(config, load("qwen2"), test_set, test_set)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -95,6 +95,21 @@ def test_what_looks_wrong_is_explained(changes, subject, named):
     assert list(found) == [subject] and named in found[subject]
 
 
+@pytest.mark.parametrize(
+    "task, options, named",
+    [
+        ("arithmetic", {}, True),
+        ("gsm8k", {"shots": "0"}, True),
+        ("gsm8k", {"shots": "4"}, False),
+        ("clock", {}, False),
+    ],
+)
+def test_a_run_without_the_format_is_pointed_to_shots(task, options, named):
+    config = dataclasses.replace(CONFIG, dataset_name=task, dataset_options=options)
+    found = explanations({**RECORD, "rewards/strict_format": 0.0}, config)
+    assert ("--dataset_options shots=2" in found["format"]) == named
+
+
 def test_an_ordinary_record_needs_no_explanation():
     assert explanations(RECORD, CONFIG) == {}
     without_format = {name: value for name, value in RECORD.items() if name != "rewards/strict_format"}

@@ -3,6 +3,7 @@ several kinds, and none; the tokens before a prompt and after a completion."""
 
 import dataclasses
 import datetime
+import os
 import shutil
 
 import pytest
@@ -19,7 +20,7 @@ from evaluator import get_evaluator
 from llms import ModelError, load_llm
 from prompts import DATE, Prompts, chat_text, encode_prompts
 from rldatasets import Example, get_dataset
-from rollout import decode_texts
+from rollout import Sampler, decode_texts
 
 
 def test_masks_come_from_lengths_not_from_pad_ids(load):
@@ -46,6 +47,40 @@ def test_without_chat_template_the_prompt_is_plain_text(load):
     llm = load("qwen2")
     llm.tokenizer.chat_template = None
     assert chat_text(llm, question("7 + 5 =")) == "7 + 5 =\n\n"
+
+
+def test_shots_are_turns_of_the_chat_template(load):
+    llm, end = load("qwen2"), tiny_models.END
+    example = get_dataset("arithmetic", "test", 1, shots=2)[0]
+    system, one, solved_one, two, solved_two, asked = (message["content"] for message in example.messages)
+    assert chat_text(llm, example) == (
+        f"<|system|>{system}{end}<|user|>{one}{end}<|assistant|>{solved_one}{end}"
+        f"<|user|>{two}{end}<|assistant|>{solved_two}{end}<|user|>{asked}{end}<|assistant|>"
+    )
+    llm.tokenizer.chat_template = None
+    assert chat_text(llm, example) == "\n\n".join((system, one, solved_one, two, solved_two, asked, ""))
+
+
+def test_shots_stay_where_a_template_forbids_the_system_message(save):
+    example = get_dataset("arithmetic", "test", 1, shots=1)[0]
+    system, one, solved, asked = (message["content"] for message in example.messages)
+    text = chat_text(load_llm(save(WITHOUT_SYSTEM["raises"]), "cpu"), example)
+    end = tiny_models.END
+    assert text == f"<|user|>{system}\n\n{one}{end}<|assistant|>{solved}{end}<|user|>{asked}{end}"
+
+
+REAL = os.environ.get("REAL_MODEL")  # the folder of an instruction-tuned model in save_pretrained form
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="REAL_MODEL names no folder of a pretrained model")
+def test_a_pretrained_model_follows_the_shots():
+    """Some of its greedy answers to 8 questions have the format of the solved examples."""
+    llm, evaluator = load_llm(str(REAL), "cpu", "bfloat16"), get_evaluator("arithmetic")
+    test_set = get_dataset("arithmetic", "test", 8, shots=2)
+    prompts = encode_prompts(llm, [test_set[i] for i in range(8)])
+    texts = Sampler(llm).sample(prompts, 1, 64, temperature=0).texts
+    assert any(evaluator.parse(text).strict_format for text in texts)
 
 
 @pytest.mark.parametrize("family", VISION)

@@ -683,6 +683,81 @@ print(builder.cache_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Solved examples before the question
+# ---------------------------------------------------------------------------------------------------------------------
+WITH_SHOTS = [name for name in DATASETS if "shots" in dataset_options(name)]
+
+
+def with_shots(name: str, split: str, shots: object, path: str, seed: int = 0) -> Dataset:
+    return get_dataset(name, split, None, seed, path if DATASETS[name].reads_files else None, {"shots": shots})
+
+
+@pytest.mark.parametrize("name", WITH_SHOTS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_shots_are_training_examples_with_the_best_reward(name, split, problems):
+    dataset, training = with_shots(name, split, 3, problems, seed=5), with_shots(name, "train", 0, problems)
+    evaluator = get_evaluator(name)
+    golds = {user_text(training[i]): training[i].answer for i in range(4)}  # the first 3, and one to spare
+    for index in range(8):
+        system, *turns, user = dataset[index].messages
+        assert (system["role"], user["role"]) == ("system", "user")
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * 3
+        for question, reply in zip(turns[::2], turns[1::2], strict=True):
+            rewards, _ = evaluator.compute_rewards([reply["content"]], [golds[question["content"]]])
+            assert rewards.sum().item() == pytest.approx(evaluator.highest)
+            assert "<<" not in reply["content"]
+        assert len({question["content"] for question in turns[::2]}) == 3
+
+
+@pytest.mark.parametrize("name", WITH_SHOTS)
+def test_all_questions_have_the_same_shots_but_their_own(name, problems):
+    """The next training example replaces a shot that would give the solution of the question away."""
+    training, test = with_shots(name, "train", 2, problems), with_shots(name, "test", 2, problems)
+    first = [user_text(training[i]) for i in range(3)]
+
+    def shown(dataset: Dataset, index: int) -> list[str]:
+        return [message["content"] for message in dataset[index].messages[1:-1:2]]
+
+    assert shown(training, 0) == [first[1], first[2]]
+    assert shown(training, 1) == [first[0], first[2]]
+    assert shown(training, 2) == shown(training, 3) == [first[0], first[1]]
+    assert all(shown(test, index) == first[:2] for index in range(5))
+    other_seed = with_shots(name, "train", 2, problems, seed=9)
+    assert shown(other_seed, 7) == first[:2]
+
+
+def test_a_shot_with_the_solution_of_the_question_is_replaced():
+    """Among few calculations, different stories have the same one."""
+    options = {"steps": 1, "max_number": 10, "shots": 6}
+    dataset, test = (get_dataset("arithmetic", split, 200, options=options) for split in ("train", "test"))
+    usual = [turn["content"] for turn in test[0].messages[2:-1:2]]  # no test calculation is a training calculation
+    replaced = 0
+    for index in range(len(dataset)):
+        _, *turns, _ = dataset[index].messages
+        replies = [turn["content"] for turn in turns[1::2]]
+        assert asked_format(dataset.solution(index), dataset[index].answer) not in replies
+        assert len(set(replies)) == 6
+        replaced += replies != usual
+    assert 10 < replaced < 190
+
+
+@pytest.mark.parametrize("name", WITH_SHOTS)
+def test_without_shots_the_examples_stay_the_same(name, problems):
+    plain = get_dataset(name, "test", path=problems if DATASETS[name].reads_files else None)
+    none, some = with_shots(name, "test", "0", problems), with_shots(name, "test", "2", problems)
+    for index in range(5):
+        assert fingerprint(plain[index]) == fingerprint(none[index])
+        messages = some[index].messages
+        assert [messages[0], messages[-1]] == plain[index].messages and len(messages) == 6
+
+
+def test_more_shots_than_training_examples_are_refused(problems):
+    assert len(with_shots("gsm8k", "test", 29, problems)[0].messages) == 2 + 2 * 29
+    with pytest.raises(ValueError, match="at most 29, not 30"):
+        with_shots("gsm8k", "test", 30, problems)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Finding a dataset
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
@@ -701,6 +776,11 @@ print(builder.cache_dir)
         ({"options": {"size": "big"}}, "whole number of pixels"),
         ({"name": "gsm8k", "options": {"size": 3}}, "no option 'size'"),
         ({"name": "arithmetic", "options": {"steps": "9"}}, "steps must be"),
+        ({"name": "arithmetic", "options": {"shots": "-1"}}, "shots must be a whole number, 0 or more, not -1"),
+        ({"name": "arithmetic", "options": {"shots": "two"}}, "shots must be a whole number, 0 or more, not 'two'"),
+        ({"name": "arithmetic", "options": {"shots": "true"}}, "shots must be a whole number"),
+        ({"name": "arithmetic", "options": {"shots": 4000}}, "shots must be at most"),
+        ({"options": {"shots": 1}}, "no option 'shots'"),
     ],
 )
 def test_bad_requests_are_refused(arguments, message):
@@ -938,6 +1018,9 @@ def test_an_epoch_of_long_prompts_is_an_error():
             seen.append(indices(next(steps)))
     assert len(seen) <= 2
     steps.close()
+    shown = get_dataset("arithmetic", "train", 10, shots=2)
+    with pytest.raises(ValueError, match="lower shots"):
+        next(TrainLoader(shown, 4, encode=Encoder(long=range(10)), max_prompt_length=8))
 
 
 def test_an_error_while_prefetching_is_raised_with_its_batch():
