@@ -42,7 +42,7 @@ def our_side(connection: Connection, preset: Preset, folder: str) -> None:
     from rollout import Sampler
     from run import peak_memory_gb
 
-    flags = f"--learning_rate {LEARNING_RATE} --beta {BETA} --max_completion_length {preset.length}"
+    flags = f"--learning_rate {LEARNING_RATE} --beta {BETA} --max_completion_length {preset.length} --max_steps 1000"
     flags += f" --num_generations {preset.generations} --micro_batch_tokens {preset.micro_batch_tokens}"
     config = parse_args(["--model_path", folder, "--dataset_name", preset.task, *flags.split()])
     llm = load_llm(folder, preset.device, preset.dtype)

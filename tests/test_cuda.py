@@ -1,0 +1,176 @@
+"""The contracts on a GPU, with CUDA graphs. Every test here skips itself where torch finds no GPU.
+
+1. Log-probabilities of the sampler and of the trainer agree, in float32 and bfloat16, text and vision.
+2. A step's gradient does not depend on its division into micro-batches.
+4. Tokens are sampled from softmax(logits / temperature): see also test_greedy_text_equals_generate.
+8. A resumed run logs the numbers of an unbroken one.
+
+Also: a graph is captured once for each shape, also with evaluations between; memory does not grow.
+"""
+
+import gc
+
+import pytest
+import sampling
+import torch
+from runs import records, small_run  # noqa: F401  (a fixture)
+from sampling import draw
+from small_models import TEXT, cut, picture, plain_inputs, question, questions, small_config
+
+from llms import load_llm
+from logprobs import token_logps
+from main import accumulate_gradients
+from rollout import Sampler
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+
+FAMILIES = sampling.slow([*TEXT, "qwen2_vl", "qwen2_5_vl", "qwen3_vl"], "qwen3", "qwen2_5_vl")
+MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.05}  # of log-probabilities, in nats; the small models are peaked
+
+
+@pytest.fixture
+def on_gpu(model_folder):
+    """-> a function that loads a family's model on the GPU."""
+    return lambda family, dtype="float32": load_llm(model_folder(family), "cuda", dtype)
+
+
+def graphs_of(sampler: Sampler) -> dict:
+    """The captured graphs of a sampler's decoder by shape."""
+    return {key: graph for key, graph in sampler.decoder.graphs.items() if graph is not None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampler_and_trainer_agree(on_gpu, family, dtype):
+    """Rows end at different tokens and leave; the second and third call replay graphs."""
+    llm = on_gpu(family, dtype)
+    sampler = Sampler(llm)
+    for _ in range(3):
+        rollout = sampler.sample(questions(family), 8, 70, temperature=0.8)
+        with torch.no_grad():
+            trained = token_logps(llm, rollout, 0.8)
+        difference = (trained - rollout.sampler_logps).abs()[rollout.completion_mask]
+        assert difference.mean() < MEAN_DIFFERENCE[dtype]
+    assert rollout.lengths.min() < rollout.lengths.max() and graphs_of(sampler)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_generate(on_gpu, family):
+    llm = on_gpu(family)
+    sampler = Sampler(llm)
+    for _ in range(2):  # eagerly and captured, then replayed
+        rollout = sampler.sample(questions(family), 2, 30, temperature=0)
+    for row, example in enumerate(questions(family)):
+        inputs = {name: tensor.to("cuda") for name, tensor in plain_inputs(llm, example).items()}
+        options = {"do_sample": False, "max_new_tokens": 30, "repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0}
+        options |= {"eos_token_id": list(llm.eos_token_ids), "pad_token_id": llm.pad_token_id}
+        expected = llm.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        for copy in (2 * row, 2 * row + 1):
+            ids = rollout.completion_ids[copy][rollout.completion_mask[copy]]
+            assert torch.equal(ids, expected[: len(ids)]) and len(ids) == len(expected)
+
+
+def test_replays_draw_new_random_numbers(on_gpu):
+    """Each row continues differently from one replay to the next, and the same seed gives the same tokens."""
+    llm = on_gpu("qwen2")
+
+    def three_calls() -> list[torch.Tensor]:
+        sampler = Sampler(llm, seed=5)
+        return [sampler.sample(questions("qwen2"), 8, 40, ignore_eos=True).completion_ids for _ in range(3)]
+
+    one, two = three_calls(), three_calls()
+    assert not torch.equal(one[1], one[2])
+    for first, second in zip(one, two, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_the_gradient_does_not_depend_on_micro_batches(on_gpu, family):
+    llm = on_gpu(family)
+    rollout = draw(llm, family, generations=4)
+    advantages = torch.randn(len(rollout.texts), device="cuda")
+
+    def gradient(batches: list[list[int]]) -> dict[str, torch.Tensor]:
+        llm.model.zero_grad()
+        parts = cut(rollout, batches)
+        accumulate_gradients(small_config(), llm, parts, advantages, parts.sampled_mask, None, None)
+        return {name: weight.grad.clone() for name, weight in llm.model.named_parameters() if weight.grad is not None}
+
+    whole = gradient([list(range(12))])
+    sampling.assert_same_gradients(whole, gradient([[5, 0, 7], [1, 2, 3, 4], [6, 8, 9, 10, 11]]), atol=1e-4, rtol=1e-3)
+
+
+def test_the_sampler_sees_an_optimizer_step(on_gpu):
+    llm = on_gpu("qwen2")
+    sampler = Sampler(llm)
+    for _ in range(3):  # graphs read the weights by address
+        with torch.no_grad():
+            for weight in llm.model.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))
+        rollout = sampler.sample(questions("qwen2"), 4, 30)
+        with torch.no_grad():
+            difference = token_logps(llm, rollout) - rollout.sampler_logps
+        assert difference.abs()[rollout.completion_mask].mean() < MEAN_DIFFERENCE["float32"]
+
+
+def test_graphs_are_captured_once_for_each_shape(on_gpu):
+    """Ten steps with an evaluation after each: after the second, no new graph, and the old ones are kept."""
+    llm = on_gpu("qwen2")
+    sampler = Sampler(llm)
+    kept: dict = {}
+    for step in range(10):
+        sampler.sample(questions("qwen2"), 8, 60, ignore_eos=True)
+        with sampler.seeded(0):
+            sampler.sample(questions("qwen2"), 1, 60, temperature=0, ignore_eos=True)
+        if step == 2:
+            kept = graphs_of(sampler)
+    assert kept and graphs_of(sampler).keys() == kept.keys()
+    assert all(graphs_of(sampler)[key] is graph for key, graph in kept.items())
+
+
+def test_a_longer_prompt_and_a_reference_between_do_not_disturb(on_gpu):
+    """A larger request replaces buffers and graphs; another model's pass uses the memory in between."""
+    llm, reference = on_gpu("qwen2"), on_gpu("qwen2")
+    sampler = Sampler(llm)
+    for words in (3, 3, 90, 3):
+        rollout = sampler.sample([question("eggs " * words)], 8, 40)
+        with torch.no_grad():
+            trained = token_logps(llm, rollout)
+            token_logps(llm, rollout, model=reference.model)
+        difference = (trained - rollout.sampler_logps).abs()[rollout.completion_mask]
+        assert difference.mean() < MEAN_DIFFERENCE["float32"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_memory_does_not_grow(on_gpu, family):
+    llm = on_gpu(family)
+    sampler, config = Sampler(llm), small_config()
+    allocated = []
+    for _ in range(12):
+        rollout = sampler.sample(questions(family), 8, 40, ignore_eos=True)
+        advantages = torch.ones(len(rollout.texts), device="cuda")
+        accumulate_gradients(config, llm, rollout, advantages, rollout.sampled_mask, None, None)
+        llm.model.zero_grad(set_to_none=True)
+        del rollout
+        gc.collect()
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+    assert max(allocated[4:]) == min(allocated[4:])
+
+
+def test_a_prompt_with_pictures_mixes_with_one_without(on_gpu):
+    llm = on_gpu("qwen2_vl")
+    rollout = Sampler(llm).sample([question("Two?", picture(32, 32), picture(64, 32, 1)), question("None?")], 4, 20)
+    with torch.no_grad():
+        difference = token_logps(llm, rollout) - rollout.sampler_logps
+    assert difference.abs()[rollout.completion_mask].mean() < MEAN_DIFFERENCE["float32"]
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "correlation"])
+def test_a_resumed_run_equals_an_unbroken_one(small_run, task):  # noqa: F811
+    flags = "--device cuda --dtype float32"
+    whole = small_run(task, flags, name="whole")
+    small_run(task, flags, "--max_steps 2", name="cut")
+    cut_run = small_run(task, flags, "--resume", name="cut")
+    for one, other in zip(records(whole), records(cut_run), strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
