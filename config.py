@@ -177,7 +177,9 @@ class Config:
     )  # fmt: skip
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     dtype: str = flag(
-        "auto", "dtype of the weights; auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "dtype of the weights; auto: bfloat16 on CUDA and, from hidden size 512, on a CPU with AMX; else float32",
+        choices=("auto", "float32", "bfloat16"),
     )
     attn_implementation: str = flag(
         "auto",

@@ -9,14 +9,16 @@ they may see (those of earlier tokens first).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+PACKED_ROWS = 32  # the number of rows that a packed weight's layout is chosen for; it serves 8 to 64 about as well
 
 
 def has_fast_layers(model: Any) -> bool:
@@ -40,38 +42,67 @@ def text_model_of(model: Any) -> Any:
     return getattr(model.base_model, "language_model", model.base_model)
 
 
+class FusedLayer(NamedTuple):
+    """The four products of a layer in a decode step: (b, in) -> (b, out)."""
+
+    qkv: Callable[[Tensor], Tensor]  # query, key and value projections side by side
+    output: Callable[[Tensor], Tensor]
+    gate_up: Callable[[Tensor], Tensor]  # gate and up projections side by side
+    down: Callable[[Tensor], Tensor]
+
+
+def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x ↦ x Wᵀ + bias for few rows x and a weight that does not change meanwhile; without gradients.
+
+    With few rows a product takes as long as reading the weight. For bfloat16 on a CPU, oneDNN reads a weight up to
+    three times faster from a copy in its own layout, and the result has the same bits.
+    """
+    if not packs(weight.device, weight.dtype):
+        return functools.partial(F.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Does `product` make a packed copy of such a weight? In float32 it would gain little and round otherwise."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def run_layers(text_model: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, fused: Any = None) -> Tensor:
     """Token embeddings (n, H) -> last hidden states (n, H), after the final norm.
 
     Args:
         cos, sin: (n, 1, D), the rotary position of each token, as returned by `rotary`.
         attend: (layer number, query (n, heads, D), key and value (n, key heads, D)) -> (n, heads · D).
-        fused: for each layer (weights of query, key and value in one tensor, their biases, weights of gate and up in
-            one tensor): fewer and larger products, for few tokens at a time. None: each module separately, with
-            gradients.
+        fused: the `FusedLayer` of each layer: fewer and larger products, for few tokens at a time. None: each module
+            separately, with gradients.
     """
     for number, layer in enumerate(text_model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         normed = rms_norm(x, layer.input_layernorm)
         if fused:
-            qkv, qkv_bias, gate_up = fused[number]
+            qkv, output, gate_up, down = fused[number]
             heads = [part.out_features // attention.head_dim for part in (attention.q_proj, attention.k_proj)]
-            projected = F.linear(normed, qkv, qkv_bias).unflatten(-1, (-1, attention.head_dim))
+            projected = qkv(normed).unflatten(-1, (-1, attention.head_dim))
             both, value = projected[:, : sum(heads)], projected[:, sum(heads) :]  # rotate queries and keys together
             if hasattr(attention, "q_norm"):  # Qwen3
                 query, key = both.split(heads, 1)
                 both = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], 1)
             query, key = rotate(both, cos, sin).split(heads, 1)
+            x = x + output(attend(number, query, key, value))
+            gate, up = gate_up(rms_norm(x, layer.post_attention_layernorm)).chunk(2, -1)
+            x = x + down(F.silu(gate) * up)
         else:
             parts = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
             query, key, value = (part.unflatten(-1, (-1, attention.head_dim)) for part in parts)
             if hasattr(attention, "q_norm"):
                 query, key = rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        x = x + attention.o_proj(attend(number, query, key, value))
-        normed = rms_norm(x, layer.post_attention_layernorm)
-        gate, up = F.linear(normed, gate_up).chunk(2, -1) if fused else (mlp.gate_proj(normed), mlp.up_proj(normed))
-        x = x + gated_down(gate, up, mlp.down_proj)
+            x = x + attention.o_proj(attend(number, query, key, value))
+            normed = rms_norm(x, layer.post_attention_layernorm)
+            x = x + gated_down(mlp.gate_proj(normed), mlp.up_proj(normed), mlp.down_proj)
     return rms_norm(x, text_model.norm)
 
 

@@ -24,7 +24,7 @@ import layers
 from logprobs import token_logps
 from model_checks import ModelError
 from prompts import Prompts, prompt_positions
-from rollout import Rollout, Sampler, fused_weights
+from rollout import Rollout, Sampler, fused_layers, fused_weights
 
 if TYPE_CHECKING:
     from llms import LLM
@@ -146,7 +146,7 @@ def difference_of_layers(model: Any) -> float:
         expected = norm(output)[0]  # (N, H)
         alone = SimpleNamespace(layers=[layer], norm=norm, rotary_emb=text_model.rotary_emb)
         cos, sin = (x[0, :, None] for x in layers.rotary(alone, hidden, positions))  # (N, 1, D)
-        for fused in (None, fused_weights(alone.layers)):
+        for fused in (None, fused_layers(alone.layers, fused_weights(alone.layers))):
             output = layers.run_layers(alone, hidden, cos, sin, causal_attention(layer), fused)  # (N, H)
             found = max(found, float((output - expected).norm() / expected.norm()))
     return found

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import layers
-from logprobs import forward_prompts, keys_and_values
+from logprobs import BLOCK, forward_prompts, keys_and_values
 from prompts import Prompts, encode_prompts
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # Attention reads the cache in multiples of so many slots: less to read on a CPU, fewer shapes to capture on a GPU.
 WINDOW = {"cpu": 16, "cuda": 64}
+BELOW_ONE = 1 - 2**-23  # the largest uniform number: times a float32 sum it stays below that sum
 
 
 @dataclass
@@ -341,28 +342,30 @@ class Decoder:
 
     def emit(self, rows: int, hidden: Tensor) -> None:
         """Sample a token for each row from its hidden state (b, H); record it with its log-probability."""
-        logits = F.linear(hidden, self.llm.model.get_output_embeddings().weight).float()  # (b, V)
+        logits = self.head(hidden).float()  # (b, V)
         if self.temperature not in (0, 1):
             logits /= self.temperature
         if self.excluded is not None:
             logits.masked_fill_(self.excluded, -torch.inf)
-        logps = logits.log_softmax(-1)  # (b, V)
         if self.temperature == 0:
-            tokens = logps.argmax(-1)
-        else:  # inverse transform: the first token whose cumulated probability exceeds a uniform number
-            cumulated = logps.exp().cumsum(-1)  # (b, V)
-            uniform = torch.rand(rows, 1, device=hidden.device, generator=self.generator).clamp_max_(1 - 2**-23)
-            tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0]
-            tokens.clamp_max_(logps.shape[1] - 1)  # NaN weights find no token; the loop skips such a step
-        self.ids[:rows].index_copy_(1, self.column, tokens[:, None])
-        self.logps[:rows].index_copy_(1, self.column, logps.gather(1, tokens[:, None]))
+            tokens = logits.argmax(-1, keepdim=True)  # (b, 1)
+            logps = logits.log_softmax(-1).gather(1, tokens)  # (b, 1)
+        else:
+            uniform = torch.rand(rows, 1, device=hidden.device, generator=self.generator).clamp_max_(BELOW_ONE)
+            tokens, logps = draw(logits, uniform)  # (b, 1) each
+        self.ids[:rows].index_copy_(1, self.column, tokens)
+        self.logps[:rows].index_copy_(1, self.column, logps)
         self.lengths[:rows] += self.alive[:rows]  # counts the end-of-sequence token and nothing after it
         if not self.ignore_eos:
-            self.alive[:rows] &= (tokens[:, None] != self.eos).all(1)
-        self.tokens[:rows] = tokens
+            self.alive[:rows] &= (tokens != self.eos).all(1)
+        self.tokens[:rows] = tokens[:, 0]
         self.column += 1
 
     # The parts that FusedDecoder overrides:
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(b, H) -> (b, V) logits."""
+        return F.linear(hidden, self.llm.model.get_output_embeddings().weight)
 
     def load_cache(self, cache: Any, num_generations: int) -> None:
         cache.batch_repeat_interleave(num_generations)
@@ -384,6 +387,32 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
+
+
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample from softmax(logits), (b, V), by inverse transform of uniform (b, 1): tokens and their log-probabilities,
+    (b, 1) each. In a large vocabulary a block is drawn first, then a token in it: cumulating all of it takes longer."""
+    vocabulary = logits.shape[1]
+    if vocabulary <= BLOCK:
+        logps = logits.log_softmax(-1)  # (b, V)
+        tokens = first_above(logps.exp().cumsum(-1), uniform)
+        return tokens, logps.gather(1, tokens)
+    probabilities = logits.softmax(-1)  # (b, V)
+    width = next(width for width in range(512, 0, -1) if vocabulary % width == 0)
+    sums = probabilities.unflatten(1, (-1, width)).sum(2)  # (b, V / width)
+    cumulated = sums.cumsum(1)
+    block = first_above(cumulated, uniform)  # (b, 1)
+    beyond = uniform * cumulated[:, -1:] - (cumulated - sums).gather(1, block)  # how far into the block
+    inside = (beyond / sums.gather(1, block)).clamp_(0, BELOW_ONE)
+    columns = block * width + torch.arange(width, device=logits.device)  # (b, width)
+    tokens = block * width + first_above(probabilities.gather(1, columns).cumsum(1), inside)
+    return tokens, probabilities.gather(1, tokens).log_()
+
+
+def first_above(cumulated: Tensor, uniform: Tensor) -> Tensor:
+    """(b, 1) the first of n columns in which cumulated (b, n) exceeds uniform (b, 1) times its last column."""
+    index = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+    return index.clamp_max_(cumulated.shape[1] - 1)  # NaN weights find no token; the loop skips such a step
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -434,6 +463,16 @@ class FusedDecoder(Decoder):
             self.graphs.clear()
         super().start(prompts, *args)
 
+    def decode(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As above. Packed copies of the weights live until its end: the next update makes them stale, and the loss
+        needs their memory."""
+        self.products = fused_layers(self.text_model.layers, self.fused)
+        self.head = layers.product(self.llm.model.get_output_embeddings().weight)  # type: ignore[method-assign]
+        try:
+            return super().decode(*args)
+        finally:
+            del self.products, self.head
+
     def load_cache(self, cache: Any, num_generations: int) -> None:
         for (keys, values), prompt in zip(self.caches, keys_and_values(cache), strict=True):
             keys[: self.rows, :, : self.prompt_length] = prompt[0].repeat_interleave(num_generations, 0)
@@ -463,22 +502,25 @@ class FusedDecoder(Decoder):
         graph.replay()
 
     def next_hidden(self, rows: int, window: int) -> Tensor:
-        """(b, H). Grouped-query attention by matrix products: queries that share a key head are stacked along the time
-        axis."""
+        """(b, H). Grouped-query attention: queries that share a key head are stacked along the time axis."""
         x = self.text_model.embed_tokens(self.tokens[:rows])  # (b, H)
         cos, sin = self.cos[self.positions[:rows], None], self.sin[self.positions[:rows], None]  # (b, 1, D)
         bias = self.bias[:rows, :, :, :window]  # (b, 1, 1, w)
+        low_bias = bias.to(x.dtype) if layers.packs(x.device, x.dtype) else None
 
         def attend(number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self.caches[number]
             keys[:rows].index_copy_(2, self.slot, key.unsqueeze(2))
             values[:rows].index_copy_(2, self.slot, value.unsqueeze(2))
             query = query.reshape(rows, key.shape[1], -1, key.shape[2])  # (b, key heads, queries per key head, D)
+            if low_bias is not None:  # torch's kernel reads the window of the cache in place; `@` copies it first
+                seen = keys[:rows, :, :window], values[:rows, :, :window]  # (b, key heads, w, D) each
+                return F.scaled_dot_product_attention(query, *seen, low_bias, scale=self.scaling).reshape(rows, -1)
             scores = (query * self.scaling) @ keys[:rows, :, :window].transpose(2, 3)  # (b, key heads, queries, w)
             weights = (scores + bias).softmax(-1).to(value.dtype)  # `bias` is float32, so the softmax is too
             return (weights @ values[:rows, :, :window]).reshape(rows, -1)
 
-        return layers.run_layers(self.text_model, x, cos, sin, attend, self.fused)
+        return layers.run_layers(self.text_model, x, cos, sin, attend, self.products)
 
 
 def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
@@ -494,6 +536,24 @@ def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | 
         bias = side_by_side(qkv, "bias") if attention.q_proj.bias is not None else None
         fused.append((side_by_side(qkv, "weight"), bias, side_by_side((mlp.gate_proj, mlp.up_proj), "weight")))
     return fused
+
+
+def fused_layers(decoder_layers: Sequence[Any], fused: list) -> list[layers.FusedLayer]:
+    """The products of a decode step for each layer, with the tensors of `fused_weights`."""
+    return [
+        layers.FusedLayer(
+            layers.product(qkv, bias),
+            product_of(layer.self_attn.o_proj),
+            layers.product(gate_up),
+            product_of(layer.mlp.down_proj),
+        )
+        for layer, (qkv, bias, gate_up) in zip(decoder_layers, fused, strict=True)
+    ]
+
+
+def product_of(module: Any) -> Callable[[Tensor], Tensor]:
+    """`layers.product` of a linear module; any other module itself."""
+    return layers.product(module.weight, module.bias) if type(module) is torch.nn.Linear else module
 
 
 def side_by_side(modules: Sequence[Any], name: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import multiprocessing
 import statistics
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -36,7 +38,28 @@ class Preset:
     micro_batch_tokens: int = 8192
 
 
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+}
+QWEN_0_5B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+}
 QWEN_1_5B = {
+    "model_type": "qwen2",
     "hidden_size": 1536,
     "num_hidden_layers": 28,
     "num_attention_heads": 12,
@@ -47,6 +70,7 @@ QWEN_1_5B = {
 }
 QWEN_VL_3B = {
     **QWEN_1_5B,
+    "model_type": "qwen2_5_vl_text",
     "hidden_size": 2048,
     "num_hidden_layers": 36,
     "num_attention_heads": 16,
@@ -66,9 +90,25 @@ QWEN_VL_TOWER = {
 PRESETS = {
     "tiny-text": Preset("arithmetic", 4, 16, 128, None),
     "tiny-vision": Preset("correlation", 4, 16, 32, None),
+    "smollm2-135m": Preset("arithmetic", 2, 8, 64, SMOLLM2_135M, dtype="bfloat16"),
+    "qwen2.5-0.5b": Preset("arithmetic", 2, 8, 64, QWEN_0_5B, dtype="bfloat16", micro_batch_tokens=2048),
     "qwen2.5-1.5b": Preset("arithmetic", 1, 16, 786, QWEN_1_5B, device="cuda", dtype="bfloat16"),
     "qwen2.5-vl-3b": Preset("correlation", 2, 8, 128, QWEN_VL_3B, QWEN_VL_TOWER, device="cuda", dtype="bfloat16"),
 }
+
+
+def add_preset_flags(parser: argparse.ArgumentParser, default: str = "tiny-text") -> None:
+    """--preset, and the flags that change its dtype and the shape of its step."""
+    parser.add_argument("--preset", choices=PRESETS, default=default)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="another dtype than the preset's")
+    for name, what in (("prompts", "Q"), ("generations", "G"), ("length", "tokens of each completion")):
+        parser.add_argument(f"--{name}", type=int, help=f"another number than the preset's: {what}")
+
+
+def chosen_preset(args: argparse.Namespace) -> Preset:
+    names = ("dtype", "prompts", "generations", "length")
+    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return dataclasses.replace(PRESETS[args.preset], **changes)
 
 
 def make_model(preset: Preset, folder: Path) -> Path:
@@ -97,11 +137,11 @@ def make_model(preset: Preset, folder: Path) -> Path:
 
 def large_model(preset: Preset, tiny: PreTrainedModel, processor: ProcessorMixin | None) -> PreTrainedModel:
     """A model of the preset's configuration with the token ids of the tiny one; adapts the processor's patch size."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     ids = {name: getattr(tiny.config.get_text_config(), name) for name in ("eos_token_id", "pad_token_id")}
     if processor is None:
-        return Qwen2ForCausalLM(Qwen2Config(**preset.model, tie_word_embeddings=True, **ids))
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset.model, tie_word_embeddings=True, **ids))
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids |= {name: getattr(tiny.config, name) for name in names}
     pictures = processor.image_processor

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import PRESETS, Preset, examples_of, make_model, median_of_ratios, table, timed
+from common import Preset, add_preset_flags, chosen_preset, examples_of, make_model, median_of_ratios, table, timed
 
 if TYPE_CHECKING:
     from llms import LLM, Prompts
@@ -123,14 +123,14 @@ def measure(ways: dict[str, Run | str], rounds: int, device: str) -> tuple[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny-text")
+    add_preset_flags(parser)
     parser.add_argument("--rounds", type=int, default=7, help="how often each side samples, in turns")
     args = parser.parse_args()
 
     from llms import load_llm
     from prompts import encode_prompts
 
-    preset = PRESETS[args.preset]
+    preset = chosen_preset(args)
     with tempfile.TemporaryDirectory() as scratch:
         llm = load_llm(str(make_model(preset, Path(scratch) / "model")), preset.device, preset.dtype)
     prompts = encode_prompts(llm, examples_of(preset, preset.prompts)).to(llm.device)

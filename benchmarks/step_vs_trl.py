@@ -18,7 +18,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from common import PRESETS, Preset, Worker, examples_of, make_model, median_of_ratios, serve, synchronize, table, timed
+from common import (
+    Preset,
+    Worker,
+    add_preset_flags,
+    chosen_preset,
+    examples_of,
+    make_model,
+    median_of_ratios,
+    serve,
+    synchronize,
+    table,
+    timed,
+)
 
 LEARNING_RATE, BETA = 1e-6, 0.04
 NUM_EXAMPLES = 64  # that the steps take their prompts from, in turn
@@ -167,9 +179,8 @@ def trl_config(preset: Preset, folder: str) -> Any:
     )
 
 
-def compare(name: str, rounds: int, steps: int) -> str:
+def compare(name: str, preset: Preset, rounds: int, steps: int) -> str:
     """The table of `rounds` rounds of `steps` steps of each side."""
-    preset = PRESETS[name]
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(make_model(preset, Path(scratch) / "model"))
         sides, times, peaks = {"here": our_side, "TRL": trl_side}, {"here": [], "TRL": []}, {}
@@ -202,11 +213,11 @@ def compare(name: str, rounds: int, steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny-text")
+    add_preset_flags(parser)
     parser.add_argument("--rounds", type=int, default=5, help="how often the sides take turns")
     parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
     args = parser.parse_args()
-    print(compare(args.preset, args.rounds, args.steps))
+    print(compare(args.preset, chosen_preset(args), args.rounds, args.steps))
 
 
 if __name__ == "__main__":

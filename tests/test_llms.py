@@ -16,6 +16,7 @@ from llms import ModelError, load_llm
 from logprobs import token_logps
 from prompts import encode_prompts
 from rldatasets import get_dataset
+from tiny_models import RECIPES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
@@ -47,6 +48,25 @@ def test_every_family_loads_and_takes_a_training_step(load, family):
 def test_attention_is_the_one_asked_for(load, attention):
     llm = load("qwen2", "float32", attention)  # transformers: padding is NaN in eager attention in float64
     assert llm.attn_implementation == attention == llm.model.config._attn_implementation
+
+
+def test_bfloat16_is_chosen_only_where_it_is_faster(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(llms, "cpu_has_amx", lambda: True)
+    assert llms.pick_dtype("auto", cpu, 576) == llms.pick_dtype(None, cpu, 896) == torch.bfloat16
+    assert llms.pick_dtype("auto", cpu, RECIPES["arithmetic"].hidden) == torch.float32  # the recorded results are so
+    assert llms.pick_dtype("float32", cpu, 576) == torch.float32
+    assert llms.pick_dtype("auto", torch.device("mps"), 576) == torch.float32
+    monkeypatch.setattr(llms, "cpu_has_amx", lambda: False)
+    assert llms.pick_dtype("auto", cpu, 576) == torch.float32
+    assert llms.pick_dtype("bfloat16", cpu, 576) == torch.bfloat16
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_the_cpus_dtype_is_that_of_the_weights(model_folder, monkeypatch, amx):
+    monkeypatch.setattr(llms, "cpu_has_amx", lambda: amx)
+    monkeypatch.setattr(llms, "REAL_SIZE", 32)  # the hidden size of the small models
+    assert load_llm(model_folder("llama"), "cpu").dtype == (torch.bfloat16 if amx else torch.float32)
 
 
 def test_flash_attention_is_chosen_only_where_it_runs(monkeypatch):

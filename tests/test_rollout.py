@@ -6,16 +6,19 @@ import random
 import pytest
 import sampling
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import FAMILIES, TEMPERATURES, VISION
 from small_models import EOS, GENERATION, plain_inputs, question, questions
 
+import layers
 import rollout as rollout_module
 from logprobs import token_logps, token_logps_and_entropy
 from prompts import Prompts, encode_prompts
 from rollout import Decoder, FusedDecoder, Rollout, Sampler, halve_to
 
+PACKS = layers.packs(torch.device("cpu"), torch.bfloat16)
 draw = functools.partial(sampling.draw, generations=8, length=24)
 
 
@@ -358,6 +361,49 @@ def test_the_sampler_sees_an_optimizer_step(load, family):
     assert sampler.decoder.fused is fused  # not fused a second time
     assert not torch.equal(before.completion_ids, after.completion_ids)
     assert_logps_are_the_trainers(llm, after)
+
+
+@pytest.mark.skipif(not PACKS, reason="this CPU does not multiply bfloat16 with oneDNN")
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_packed_weights_follow_every_change(load, family):
+    """Packed copies of bfloat16 weights: sampler and trainer agree after an update in place and after a replacement,
+    and the copies are freed."""
+    llm = load(family, "bfloat16")
+    sampler = Sampler(llm)
+    for change in (None, lambda weight: weight.mul_(1.5), lambda weight: setattr(weight, "data", weight.data * 0.5)):
+        for weight in llm.model.parameters() if change else ():
+            with torch.no_grad():
+                change(weight)
+        rollout = sampler.sample(questions(family), 8, 24)
+        gap = (rollout.sampler_logps - token_logps(llm, rollout)).abs()[rollout.completion_mask]
+        assert gap.mean() < 0.02
+        assert not hasattr(sampler.decoder, "products")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 32, 64])
+def test_a_packed_product_equals_the_plain_one(bias, rows):
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(80, 96).bfloat16()
+    bias = torch.randn(80).bfloat16() if bias else None
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(layers.product(weight, bias)(x).double(), expected, rtol=2**-7, atol=0.1)
+    wide = weight.float()
+    assert torch.equal(layers.product(wide)(x.float()), F.linear(x.float(), wide))  # float32 is not packed
+
+
+@pytest.mark.parametrize("vocabulary", [300, 16_384 + 256, 8209])  # whole, in blocks, and a prime number
+def test_a_token_is_drawn_as_often_as_it_is_likely(vocabulary):
+    """Evenly spaced uniform numbers hit each token in proportion to its probability, in order, within one hit."""
+    logits = 3 * torch.randn(1, vocabulary)
+    logits[:, 5:290] = -torch.inf
+    draws = 4096
+    uniform = (torch.arange(draws) + 0.5)[:, None] / draws  # (b, 1)
+    tokens, logps = rollout_module.draw(logits.expand(draws, -1), uniform)
+    expected = logits.double().log_softmax(-1)[0]  # (V,)
+    hits = torch.bincount(tokens[:, 0], minlength=vocabulary)
+    assert (hits - draws * expected.exp()).abs().max() < 1.1
+    assert (tokens[1:] >= tokens[:-1]).all()
+    torch.testing.assert_close(logps[:, 0], expected[tokens[:, 0]].float(), rtol=0, atol=1e-5)
 
 
 def test_the_sampler_sees_replaced_weights(load):
