@@ -171,6 +171,15 @@ class Config:
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm (0: do not clip)", 0)
     max_skipped_steps: int = flag(5, "stop after N steps in a row whose gradient is not finite", 1)
 
+    lora_rank: int = flag(
+        0,
+        "r: train low-rank adapters of the decoder's linear layers instead of the weights; needs the package peft and "
+        "about ten times the learning rate (0: train the weights)",
+        0,
+        section="Adapters (LoRA)",
+    )
+    lora_alpha: int = flag(32, "α: the adapters' output is multiplied by α / r", 1)
+
     micro_batch_tokens: int = flag(
         8192, "tokens computed at once in the loss; fewer take less memory and give the same result", 1,
         section="Machine",
@@ -239,6 +248,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         parser.error("--resume continues a run, --overwrite_output_dir deletes it: use only one")
     if given["sync_ref_model"] and not given["objective"].beta:
         parser.error("--sync_ref_model needs a reference model, which is loaded only with --beta above 0")
+    refuse_adapters(parser, given)
     refuse_launchers(parser)
     refuse_old_packages(parser)
     refuse_short_context(parser, given)
@@ -277,6 +287,14 @@ def key_values(parser: Parser, name: str, given: dict[str, Any]) -> dict[str, An
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What else is refused before torch is imported
+
+
+def refuse_adapters(parser: Parser, given: dict[str, Any]) -> None:
+    """--lora_rank without the package peft, or with a reference model that the adapters do not have."""
+    if given["lora_rank"] and importlib.util.find_spec("peft") is None:
+        parser.error("--lora_rank needs the package peft, which is not installed: uv pip install 'peft>=0.20'")
+    if given["lora_rank"] and given["sync_ref_model"]:
+        parser.error("--sync_ref_model changes the reference, which with --lora_rank is the frozen base model: use one")
 
 
 def refuse_launchers(parser: Parser) -> None:

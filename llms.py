@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
+import adapters
 from logprobs import KEPT_BYTES
 from model_checks import (
     ModelError,
@@ -102,9 +103,17 @@ class LLM:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def num_trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write the folder in `save_pretrained` format, which transformers and vLLM load."""
-        self.model.save_pretrained(path)
+        """Write the folder in `save_pretrained` format, which transformers and vLLM load; of a model with adapters,
+        only these."""
+        if adapters.has_adapters(self.model):
+            adapters.save(self.model, path)
+        else:
+            self.model.save_pretrained(path)
         (self.processor or self.tokenizer).save_pretrained(path)
 
     def excluded_mask(self) -> Tensor | None:
@@ -171,7 +180,7 @@ def load_llm(
     """Load a text or vision-language model from the hub or a local folder: safetensors only, no remote code.
 
     A few tokens are sampled and scored (number_checks.py), so that a model which this code would compute wrongly is
-    found here.
+    found here. An adapter folder is loaded with its base model.
 
     Args:
         check: called with the model's config and name before the weights are loaded.
@@ -180,14 +189,15 @@ def load_llm(
         ModelError: the model is not there, is incomplete, needs a token or remote code, or is one that this code cannot
             sample from and score.
     """
+    if settings := adapters.read_settings(model_path):
+        return load_adapter(model_path, settings, device, dtype, attn_implementation, chat_template_kwargs, check)
     name = str(model_path)
     refuse_qwen_vl_chat(name)
     tune_cpu()
     quiet_transformers()
     on = pick_device(device)
-    token = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or "").strip()
     local = Path(model_path).is_dir()
-    hub = {"token": token or None, "trust_remote_code": False, "local_files_only": local or not hub_answers()}
+    hub = hub_options(local)
     if local:
         refuse_incomplete_folder(Path(model_path))
     with readable_errors(name):
@@ -227,6 +237,23 @@ def load_llm(
     return llm
 
 
+def load_adapter(folder: str | os.PathLike, settings: dict[str, Any], *how: Any) -> LLM:
+    """Load an adapter folder with its base model; `how` as for `load_llm`."""
+    try:
+        llm = load_llm(settings["base_model_name_or_path"], *how)
+    except ModelError as error:
+        raise ModelError(f"the adapter {folder} needs its base model: {error}") from error
+    adapters.load(llm, folder, settings)
+    check_numbers(llm)
+    return llm
+
+
+def hub_options(local: bool) -> dict[str, Any]:
+    """Keywords of `from_pretrained`. For a local folder, or without a network, the hub is not asked."""
+    token = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or "").strip()
+    return {"token": token or None, "trust_remote_code": False, "local_files_only": local or not hub_answers()}
+
+
 def hub_answers(seconds: float = 5.0) -> bool:
     """Is the hub reachable? One quick request; otherwise huggingface_hub retries each file for 23 s even if cached."""
     try:
@@ -261,6 +288,13 @@ def placeholder_ids(config: Any) -> tuple[int, ...]:
     """Ids that a prompt holds in place of the features of its pictures."""
     ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
     return tuple(sorted({i for i in ids if i is not None}))
+
+
+def prepare_training(config: Config, llm: LLM) -> None:
+    """Add what the flags ask for: adapters, and gradient checkpointing."""
+    adapters.prepare(config, llm)
+    if config.gradient_checkpointing:
+        recompute_activations(llm.model)
 
 
 def recompute_activations(model: Any) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+import adapters
 import layers
 from prompts import Prompts
 
@@ -80,11 +81,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reference_logps(llm: LLM, reference: Any, rollout: Rollout, config: Config) -> Tensor:
-    """(B, T) log-probabilities of the completions under the frozen reference, a micro-batch at a time."""
+    """(B, T) log-probabilities of the completions under the frozen reference, a micro-batch at a time. With adapters,
+    `reference` is the policy itself: its adapters are disabled here."""
     logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
     share_prompt = not config.gradient_checkpointing
-    for rows in rollout.micro_batches(config.micro_batch_tokens):
-        logps[rows] = token_logps(llm, rollout, config.temperature, rows, reference, share_prompt)
+    with adapters.without(reference):
+        for rows in rollout.micro_batches(config.micro_batch_tokens):
+            logps[rows] = token_logps(llm, rollout, config.temperature, rows, reference, share_prompt)
     return logps
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from batch import Batch, evaluation_metrics
 from evaluator import Completion, RewardEvaluator, get_evaluator
-from llms import LLM, load_llm, pick_device, recompute_activations, refuse_unfit_config, refuse_unfit_model
+from llms import LLM, load_llm, pick_device, prepare_training, refuse_unfit_config, refuse_unfit_model
 from logprobs import masked_mean, reference_logps, token_logps_and_entropy
 from optimizer import MasterAdamW, sync_reference
 from prompts import encode_prompts
@@ -380,14 +380,14 @@ def set_up_and_train(config: Config) -> int:
         model_path = str(tiny_model(config.dataset_name, *data)) if config.model_path == "tiny" else config.model_path
         llm: LLM = load_llm(run.checkpoint or model_path, *how)
         refuse_unfit_model(config, llm, loader.dataset, test_set)
-        if config.gradient_checkpointing:
-            recompute_activations(llm.model)
+        prepare_training(config, llm)
         config = config.with_steps(loader.steps_per_epoch)
-        reference = load_llm(model_path, *how) if config.objective.beta and not config.eval_only else None
+        apart = config.objective.beta and not (config.lora_rank or config.eval_only)  # adapters can be disabled instead
+        reference = load_llm(model_path, *how) if apart else None
         run.open(config, llm, reference, loader.dataset, test_set)
         if config.eval_only:
             return run.finish_evaluation(*evaluate(config, Sampler(llm), test_set, evaluator))
-        frozen = reference.model.requires_grad_(False) if reference else None
+        frozen = reference.model.requires_grad_(False) if reference else llm.model if config.objective.beta else None
         train(config, llm, frozen, loader, test_set, evaluator, run)
         return run.finish()
 

@@ -116,10 +116,14 @@ def explanations(record: dict[str, Any], config: Config, dtype: str = "float32")
 def setup_lines(config: Config, llm: Any, num_train: int, num_test: int) -> str:
     """What is about to be trained, and how."""
     objective = config.objective
-    size = f"{llm.num_parameters / 1e9:.2f} B" if llm.num_parameters > 1e9 else f"{llm.num_parameters / 1e6:.2f} M"
+    trained = ""
+    if config.lora_rank and llm.num_trainable < llm.num_parameters:
+        rank, alpha = config.lora_rank, config.lora_alpha
+        trained = f" ({format_count(llm.num_trainable)} are trained: adapters of rank {rank}, α {alpha})"
     high = objective.epsilon if objective.epsilon_high is None else objective.epsilon_high
     return (
-        f"{config.model_path}: {size} parameters, {'vision and text' if llm.is_vision else 'text'}, "
+        f"{config.model_path}: {format_count(llm.num_parameters)} parameters{trained}, "
+        f"{'vision and text' if llm.is_vision else 'text'}, "
         f"{str(llm.dtype).removeprefix('torch.')} on {llm.device}, attention: {llm.attn_implementation}\n"
         f"{config.dataset_name}: {num_train:,} training and {num_test:,} test examples; "
         f"{config.prompts_per_step} prompts × {config.num_generations} completions per step, {config.max_steps} steps\n"
@@ -155,6 +159,11 @@ def format_value(value: float | None, unit: str = "") -> str:
     if unit == "%":
         return f"{100 * value:.1f} %"
     return f"{value:.1f} {unit}" if unit else f"{value:.3f}"
+
+
+def format_count(number: int) -> str:
+    """1.50 B, 1.24 M."""
+    return f"{number / 1e9:.2f} B" if number > 1e9 else f"{number / 1e6:.2f} M"
 
 
 def format_duration(seconds: float) -> str:

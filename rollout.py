@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import adapters
 import layers
 from logprobs import BLOCK, forward_prompts, keys_and_values
 from prompts import Prompts, encode_prompts
@@ -456,7 +457,8 @@ class FusedDecoder(Decoder):
         return cos[0], sin[0]
 
     def start(self, prompts: Prompts, *args: Any) -> None:
-        if self.text_model.layers[-1].self_attn.q_proj.weight.data_ptr() != self.fused[-1][0].data_ptr():
+        first = self.text_model.layers[-1].self_attn.q_proj.weight
+        if self.fused and (adapters.has_adapters(self.llm.model) or first.data_ptr() != self.fused[-1][0].data_ptr()):
             self.fused = fused_weights(
                 self.text_model.layers
             )  # since then the model was moved or its parameters were replaced
@@ -523,16 +525,19 @@ class FusedDecoder(Decoder):
         return layers.run_layers(self.text_model, x, cos, sin, attend, self.products)
 
 
-def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, Tensor]] | None:
     """For each layer, the weights that are read together as one tensor, of which the parameters become views: see
     `layers.run_layers`.
 
-    There is still one copy: the optimizer updates the parameters in place, and the decode step sees the update.
+    There is still one copy: the optimizer updates the parameters in place, and the decode step sees the update. None
+    for layers with adapters, whose output such a product would lack.
     """
     fused = []
     for layer in decoder_layers:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if any(hasattr(module, "lora_A") for module in (*qkv, mlp.gate_proj, mlp.up_proj)):
+            return None
         bias = side_by_side(qkv, "bias") if attention.q_proj.bias is not None else None
         fused.append((side_by_side(qkv, "weight"), bias, side_by_side((mlp.gate_proj, mlp.up_proj), "weight")))
     return fused

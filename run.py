@@ -101,7 +101,8 @@ class Run:
         """Open the folder of a new run, or check that a resumed one has the flags, the model and the data it began
         with. `config` has the number of steps by now."""
         self.config, self.llm = config, llm
-        original = reference or (None if self.checkpoint else llm)  # what was loaded from --model_path
+        # what was loaded from --model_path; adapters are loaded with it
+        original = reference or (llm if config.lora_rank or not self.checkpoint else None)
         description = describe_run(config, llm, self.evaluator)
         description["fingerprints"] = fingerprints(config, original, train_set, test_set)
         self.saved = self.folder.load_trainer_state(self.checkpoint) if self.checkpoint else None
@@ -341,6 +342,7 @@ def describe_run(config: Config, llm: LLM, evaluator: RewardEvaluator) -> dict:
             "dtype": str(llm.dtype).removeprefix("torch."),
             "attn_implementation": llm.attn_implementation,
             "parameters": llm.num_parameters,
+            "trainable_parameters": llm.num_trainable,
         },
         **hardware_and_versions(str(llm.device)),
         "task": {
@@ -354,9 +356,10 @@ def describe_run(config: Config, llm: LLM, evaluator: RewardEvaluator) -> dict:
 
 
 def checkpoint_bytes(llm: LLM) -> int:
-    """Disk space for one checkpoint: the weights, AdamW's two moments, and float32 copies of half-precision weights."""
-    size = llm.dtype.itemsize
-    return 16 * 2**20 + llm.num_parameters * (size + 8 + (4 if size == 2 else 0))
+    """Disk space for one checkpoint: the weights that are trained, AdamW's two moments, and float32 copies of
+    half-precision weights."""
+    trained = [weight for weight in llm.model.parameters() if weight.requires_grad]
+    return 16 * 2**20 + sum(w.numel() * (w.itemsize + 8 + (4 if w.itemsize == 2 else 0)) for w in trained)
 
 
 def resume_command(config: Config) -> str:

@@ -498,7 +498,7 @@ def fingerprint(path: str | os.PathLike) -> dict[str, list[int]]:
 def hardware_and_versions(device: str = "cpu") -> dict:
     """{"versions": {...}, "commit": str or None, "hardware": {...}} of this process, for config.json."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow"):
+    for package in ("torch", "torchvision", "transformers", "peft", "datasets", "numpy", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     if str(device).startswith("cuda"):

@@ -10,9 +10,12 @@ from rldatasets import DATASETS
 
 TYPED = (
     *("main", "config", "evaluator", "rldatasets", "rollout", "prompts", "logprobs", "optimizer", "run", "batch"),
-    *("progress", "model_checks", "number_checks", "answers", "llms", "layers"),
+    *("progress", "model_checks", "number_checks", "answers", "llms", "layers", "adapters"),
 )
-WITHOUT_TASKS = ("main", "llms", "prompts", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers")
+WITHOUT_TASKS = (
+    *("main", "llms", "prompts", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers"),
+    "adapters",
+)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

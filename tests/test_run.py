@@ -42,7 +42,7 @@ def run(tmp_path, monkeypatch):
     config = small_config(f"--output_dir {tmp_path}/run --max_steps 10 --max_skipped_steps 2")
     monkeypatch.setattr(run_module, "describe_run", lambda config, llm, evaluator: {"flags": config.flags()})
     monkeypatch.setattr(run_module, "setup_lines", lambda *args: "")
-    llm = types.SimpleNamespace(dtype=torch.float32, num_parameters=10, device=torch.device("cpu"))
+    llm = types.SimpleNamespace(model=torch.nn.Linear(2, 5), device=torch.device("cpu"), dtype=torch.float32)
     monkeypatch.setattr(run_module, "fingerprints", lambda *args: {})
     with Run(config, get_evaluator("arithmetic")) as run:
         run.open(config, llm, None, range(8), range(4))
@@ -110,7 +110,7 @@ def test_peak_memory_is_in_gibibytes():
 
 @pytest.mark.parametrize("dtype, bytes_per_weight", [(torch.float32, 4 + 8), (torch.bfloat16, 2 + 8 + 4)])
 def test_a_checkpoint_holds_weights_moments_and_masters(dtype, bytes_per_weight):
-    llm = types.SimpleNamespace(dtype=dtype, num_parameters=10**9)
+    llm = types.SimpleNamespace(model=torch.nn.Linear(10**5, 10**4, bias=False, device="meta", dtype=dtype))
     assert run_module.checkpoint_bytes(llm) == pytest.approx(bytes_per_weight * 10**9, rel=0.02)
 
 
