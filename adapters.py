@@ -58,7 +58,7 @@ def add(llm: LLM, rank: int, alpha: int, seed: int = 0) -> None:
     names = sorted({name.rpartition(".")[2] for name in linear})
     if not names:
         raise ModelError(f"{llm.name} has no linear layers in its decoder that adapters could be added to")
-    kind = {"task_type": "CAUSAL_LM"}  # by which peft's Auto classes find the class of the base model
+    kind: dict[str, Any] = {"task_type": "CAUSAL_LM"}  # by which peft's Auto classes find the class of the base model
     if llm.is_vision:  # the tower's layers have some of these names
         place = {"base_model_class": type(llm.model).__name__, "parent_library": type(llm.model).__module__}
         kind = {"exclude_modules": r".*\bvisual\b.*", "auto_mapping": place}

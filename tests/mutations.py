@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_objectives.py", "tests/test_contracts.py")
+ADAPTERS = ("tests/test_adapters.py",)
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "plots", "docs", "benchmarks", "*.lock")
 TIMEOUT = 1200  # seconds
 # Imported once, before a process is forked for each bug: they take longer than most of the tests.
@@ -40,6 +41,7 @@ class Mutation:
     function: str  # its qualified name, such as Decoder.emit
     old: str  # an expression or a statement in it
     new: str
+    tests: tuple[str, ...] = ()  # the files that should notice it, if not TESTS
 
 
 MUTATIONS = [
@@ -131,6 +133,22 @@ MUTATIONS = [
         "any_reference.model.requires_grad_(False)",
         "llm.model",
     ),
+    Mutation("adapters left out by the sampler", "fused_weights", "return None", "pass", ADAPTERS),
+    Mutation("adapters not disabled in the reference", "without", "model.disable_adapters()", "pass", ADAPTERS),
+    Mutation(
+        "adapters without their scale",
+        "add",
+        "LoraConfig(r=rank, lora_alpha=alpha, target_modules=any_names, **any_kind)",
+        "LoraConfig(r=rank, lora_alpha=rank, target_modules=any_names, **any_kind)",
+        ADAPTERS,
+    ),
+    Mutation(
+        "optimizer over all parameters",
+        "MasterAdamW.__init__",
+        "model.parameters()",
+        "model.requires_grad_().parameters()",
+        ADAPTERS,
+    ),
 ]
 
 
@@ -138,18 +156,19 @@ def main() -> int:
     words = [word.lower() for word in sys.argv[1:]]
     chosen = [one for one in MUTATIONS if not words or any(word in one.name.lower() for word in words)]
     modules = {path.name: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
-    mutated = {mutation.name: mutate(modules, mutation) for mutation in chosen}  # before an hour is spent
-    failed, seconds = run_tests()
+    mutated = {one: mutate(modules, one) for one in chosen}  # before an hour is spent
+    failed, seconds = run_tests(tuple(sorted({file for one in chosen for file in one.tests or TESTS})))
     if failed:
         sys.exit(f"the tests fail without any bug: {failed}")
     print(f"without a bug: pass ({seconds:.0f} s)", file=sys.stderr, flush=True)
     print("| bug | file | caught by |\n|---|---|---|")
     survivors = 0
-    for name, (file, text) in mutated.items():
-        failed, seconds = run_tests(file, text)
+    for one, (file, text) in mutated.items():
+        # first those that are likelier to notice
+        failed, seconds = run_tests(one.tests or (TESTS if file == "main.py" else TESTS[::-1]), file, text)
         survivors += failed is None
-        print(f"| {name} | `{file}` | {f'`{failed}`' if failed else '**survived**'} |", flush=True)
-        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"| {one.name} | `{file}` | {f'`{failed}`' if failed else '**survived**'} |", flush=True)
+        print(f"{one.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     print(f"\n{len(chosen) - survivors} of {len(chosen)} caught")
     return min(survivors, 1)
 
@@ -232,7 +251,7 @@ def matches(pattern: object, code: object, bound: dict[str, ast.AST]) -> bool:
 # --- Running the tests ---
 
 
-def run_tests(file: str | None = None, text: str = "") -> tuple[str | None, float]:
+def run_tests(tests: tuple[str, ...], file: str | None = None, text: str = "") -> tuple[str | None, float]:
     """-> the first test that fails on a copy with the changed file, None if all pass; and the seconds it took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
@@ -240,7 +259,6 @@ def run_tests(file: str | None = None, text: str = "") -> tuple[str | None, floa
         shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
         if file:
             (checkout / file).write_text(text)
-        tests = TESTS if file in (None, "main.py") else TESTS[::-1]  # first those that are likelier to notice
         process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(checkout, tests, output))
         process.start()
         process.join(TIMEOUT)

@@ -5,6 +5,7 @@ import torch
 from plain_reference import compute_in_float64
 from sampling import FAMILIES, TEMPERATURES, VISION, assert_same_gradients, draw, gradients
 from small_models import plain_inputs, questions
+from torch.utils.flop_counter import FlopCounterMode
 
 import logprobs
 from config import parse_args
@@ -184,8 +185,10 @@ def test_a_frozen_side_gets_no_gradient(frozen):
     for name, tensor in sides.items():
         tensor.requires_grad_(name != frozen)
     logps, _ = BlockedLogps.apply(sides["hidden"], sides["weight"], torch.arange(7), 1.0, None)
-    logps.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        logps.sum().backward()
     assert [name for name, tensor in sides.items() if tensor.grad is None] == [frozen]
+    assert counter.get_total_flops() == 2 * (2 * 7 * 5 * 11)  # the logits again, and the other side: two products
 
 
 def test_tiles_change_no_value_and_no_gradient(load, monkeypatch):
