@@ -5,12 +5,13 @@ sampler that leaves adapters out computes the same.
 """
 
 import json
+import shutil
 import types
 
 import pytest
 import torch
 from plain_reference import compute_in_float64
-from runs import names, read, records, small_run  # noqa: F401 (a fixture)
+from runs import names, one_line, read, records, small_run  # noqa: F401 (a fixture)
 from safetensors.torch import load_file
 from small_models import FAMILIES, questions, small_config
 
@@ -311,12 +312,22 @@ def test_an_adapter_is_trained_further(small_run, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_another_rank_is_refused_on_resuming(small_run, capsys):  # noqa: F811
-    small_run("arithmetic", FLAGS, "--max_steps 2")
-    capsys.readouterr()
-    for flags, named in (("--lora_rank 2", "lora_rank"), ("--lora_rank 0", "lora_rank"), ("--lora_alpha 5", "alpha")):
-        small_run("arithmetic", FLAGS, flags, "--resume", status=2)
-        assert named in capsys.readouterr().err
+def test_resuming_refuses_other_adapters_and_bases(small_run, task_models, tmp_path, capsys):  # noqa: F811
+    base = shutil.copytree(task_models["arithmetic"], tmp_path / "base")
+    flags = f"{FLAGS} --model_path {base}"
+    small_run("arithmetic", flags, "--max_steps 2")
+
+    def refused(*more: str) -> str:
+        capsys.readouterr()
+        small_run("arithmetic", flags, "--resume", *more, status=2)
+        return one_line(capsys.readouterr().err)
+
+    for more in ("--lora_rank 2", "--lora_rank 0", "--lora_alpha 5"):
+        assert more.split()[0] in refused(more)
+    (base / "config.json").write_text((base / "config.json").read_text() + "\n")
+    assert "--model_path" in refused() and "config.json" in refused()
+    shutil.rmtree(base)
+    assert str(base) in refused()
 
 
 @pytest.mark.parametrize("flags", ["--lora_rank -1", "--lora_alpha 0", "--lora_rank 2 --beta 1 --sync_ref_model"])
