@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
 from correlation_generator import CorrelationGenerator
+from environments import Environment
 from evaluator import asked_format
 from progress import did_you_mean
 
@@ -63,6 +64,7 @@ class Dataset(ABC):
     name: str
     modality: str  # "text" or "vision"
     reads_files = False
+    max_turns = 1  # the most turns that the model may take
 
     def __init__(self, split: str, num_examples: int | None = None, seed: int = 0, path: str | None = None):
         if split not in SPLITS:
@@ -97,6 +99,10 @@ class Dataset(ABC):
     @abstractmethod
     def make(self, index: int) -> tuple[str, list[Image.Image], str]:
         """Question, pictures (of any mode) and right answer of an example."""
+
+    def environment(self, example: Example) -> Environment:
+        """A new episode of an example: what answers the model's turns."""
+        return Environment(example)
 
     def solution(self, index: int) -> str:
         """The reasoning that leads to the answer, for a supervised warm-up; empty if the task has none."""
