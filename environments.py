@@ -1,14 +1,14 @@
 """What answers the model's turn? An environment reads what the model wrote and shows it the next message, or ends the
 episode.
 
-A task with several turns sets `max_turns` and returns its environment from `Dataset.environment` (rldatasets.py). A tool
-is what an environment does with the text of a turn. Rewards are not given here: evaluator.py scores the texts that the
-model wrote, and never those of an observation.
+A task with several turns sets `max_turns` and returns its environment from `Dataset.environment` (rldatasets.py). A
+tool is what an environment does with the text of a turn. Rewards are not given here: evaluator.py scores the texts that
+the model wrote, and never those of an observation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -36,7 +36,13 @@ class Environment:
 
     All randomness comes from `example.id` and the number of the turn, so that the same texts get the same observations,
     and the G rows of a group begin alike.
+
+    Attributes:
+        max_turns: the most turns of this episode, which `Dataset.environments` sets; an environment may use it to say
+            that the next turn is the last one.
     """
+
+    max_turns = 1
 
     def __init__(self, example: Example):
         self.example = example
@@ -68,15 +74,11 @@ class Turn:
 class Episode:
     """The turns of a row, at least one."""
 
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[Turn]
 
     @property
     def texts(self) -> list[str]:
         return [turn.text for turn in self.turns]
-
-    @property
-    def final(self) -> str:
-        return self.turns[-1].text
 
 
 class EpisodeError(RuntimeError):

@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,13 @@ class Dataset(ABC):
     def environment(self, example: Example) -> Environment:
         """A new episode of an example: what answers the model's turns."""
         return Environment(example)
+
+    def environments(self, examples: Sequence[Example], num_generations: int = 1) -> list[Environment]:
+        """A new episode for each of B = Q·G rows."""
+        found = [self.environment(example) for example in examples for _ in range(num_generations)]
+        for environment in found:
+            environment.max_turns = self.max_turns
+        return found
 
     def solution(self, index: int) -> str:
         """The reasoning that leads to the answer, for a supervised warm-up; empty if the task has none."""
@@ -591,8 +598,12 @@ def get_dataloaders(
     options: dict | None = None,
     encode: "Callable[[list[Example]], Prompts] | None" = None,
     max_prompt_length: int | None = None,
+    max_turns: int | None = None,
 ) -> tuple[TrainLoader, Dataset]:
-    """The training loader and the test set of a task; the test set is the same for every seed."""
+    """The training loader and the test set of a task; the test set is the same for every seed. `max_turns` lowers the
+    number of turns that the task allows."""
     train = get_dataset(name, "train", train_size, seed, path, options)
     test = get_dataset(name, "test", eval_size, EVAL_SEED, path, options)
+    for dataset in (train, test):
+        dataset.max_turns = min(dataset.max_turns, max_turns or dataset.max_turns)
     return TrainLoader(train, prompts_per_step, seed, encode, max_prompt_length), test
