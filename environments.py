@@ -62,12 +62,13 @@ class Turn:
 
     Attributes:
         text: decoded, without the end-of-sequence token. length: sampled tokens, that token included.
-        observation: None after the last turn.
+        observation: None after the last turn. observation_length: its tokens, placeholders of pictures included.
     """
 
     text: str
     length: int
     observation: Observation | None = None
+    observation_length: int = 0
 
 
 @dataclass

@@ -17,6 +17,7 @@ Only what follows a closed `<think>` block is scored.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
@@ -96,6 +97,7 @@ class Completion:
     strict_format: bool  # whether the reply is exactly in the asked format
     prediction: Answer  # the lenient reading: the last answer in the answer block, else in the reply, else in the text
     strict_prediction: Answer  # the only answer in the answer block
+    earlier: tuple[Completion, ...] = ()  # the turns before this one, if there are several
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,11 @@ class RewardEvaluator(ABC):
             prediction = self.value(found[-1]) if found else None
             return Completion(completion, reply, tagged, strict_format, prediction, strict_prediction)
 
+    def parse_episode(self, texts: Sequence[str]) -> Completion:
+        """The last of the texts that the model wrote in its turns, with the others as `earlier`."""
+        *earlier, last = [self.parse(text) for text in texts]
+        return dataclasses.replace(last, earlier=tuple(earlier)) if earlier else last
+
     def parse_answer(self, text: str) -> Answer:
         """The only answer in a text, which may have words or a unit around it; None without one or with several."""
         found = self._find(text)
@@ -186,6 +193,11 @@ class RewardEvaluator(ABC):
         """The value of each reward component, by name."""
         completion, gold = self.parse(completion), self.parse_answer(answer)
         return {name: weight * getattr(self, name)(completion, gold) for name, weight in self.components.items()}
+
+    def score_episode(self, texts: Sequence[str], answer: str) -> dict[str, float]:
+        """The value of each reward component for the texts of all turns. The last one counts, unless a component also
+        looks at `completion.earlier`."""
+        return self.score(self.parse_episode(texts), answer)
 
     def compute_rewards(
         self, completions: Sequence[str | Completion], answers: Sequence[str]
