@@ -63,7 +63,7 @@ class Prompts:
 
     def left_padded(self) -> Prompts:
         """The same tokens with all padding on the left."""
-        order = self.mask.int().argsort(1, stable=True)  # (Q, P) padding first, tokens in their order
+        order = self.mask.int().argsort(dim=1, stable=True)  # (Q, P) padding first, tokens in their order
         positions = self.positions.gather(-1, order.expand_as(self.positions))
         return Prompts(self.ids.gather(1, order), self.mask.gather(1, order), positions, self.vision)
 
