@@ -8,10 +8,14 @@ the model wrote, and never those of an observation.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from PIL import Image
+
+import answers
 
 if TYPE_CHECKING:
     from rldatasets import Example
@@ -80,6 +84,93 @@ class Episode:
     @property
     def texts(self) -> list[str]:
         return [turn.text for turn in self.turns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A calculator
+
+CALL = re.compile(r"<calculate>(.*?)</calculate>", re.DOTALL)
+CALCULATOR = (
+    "You have a calculator: write an expression of numbers, + - * / and parentheses like <calculate>12*(3+4)</calculate> "
+    "and end your reply; you are told its value and reply again."
+)
+LONGEST_EXPRESSION = 100  # characters, which bounds the time of a calculation and the size of its numbers
+
+
+class Calculator(Environment):
+    """Answers the last `<calculate>...</calculate>` of a turn with the value of the expression, or says what is wrong
+    with it. A turn without such a call ends the episode."""
+
+    def __init__(self, example: Example):
+        super().__init__(example)
+        self.turn = 0
+
+    def step(self, text: str) -> Observation | None:
+        self.turn += 1
+        calls = CALL.findall(text)
+        if not calls and "<calculate>" not in text:
+            return None
+        hint = "\nNow answer." if self.turn == self.max_turns - 1 else ""
+        try:
+            if not calls:
+                raise ValueError("</calculate> is missing")
+            return Observation(f"= {answers.write_number(calculate(calls[-1]))}{hint}")
+        except (ValueError, ZeroDivisionError) as error:
+            return Observation(f"Error: {error}{hint}", malformed=True)
+
+
+def calculate(expression: str) -> Fraction:
+    """The exact value of numbers, + - * / (also written − × ÷) and parentheses, with the usual precedence.
+
+    Raises:
+        ValueError: anything else, or more than LONGEST_EXPRESSION characters. ZeroDivisionError.
+    """
+    text = answers.plain_text(expression).strip()
+    if len(text) > LONGEST_EXPRESSION:
+        raise ValueError(f"the expression has more than {LONGEST_EXPRESSION} characters")
+    tokens = re.findall(r"[0-9]+(?:\.[0-9]+)?|\S", text)
+    value, rest = read_sum(tokens)
+    if rest:
+        raise ValueError(f"{rest[0]!r} is not expected")
+    return value
+
+
+def read_sum(tokens: list[str]) -> tuple[Fraction, list[str]]:
+    """The value of a sum of products at the beginning of the tokens, and the tokens after it."""
+    value, tokens = read_product(tokens)
+    while tokens[:1] in (["+"], ["-"]):
+        operand, rest = read_product(tokens[1:])
+        value, tokens = (value + operand if tokens[0] == "+" else value - operand), rest
+    return value, tokens
+
+
+def read_product(tokens: list[str]) -> tuple[Fraction, list[str]]:
+    """As `read_sum`, for a product of numbers and parentheses."""
+    value, tokens = read_factor(tokens)
+    while tokens[:1] in (["*"], ["/"]):
+        operand, rest = read_factor(tokens[1:])
+        if tokens[0] == "/" and operand == 0:
+            raise ZeroDivisionError("division by zero")
+        value, tokens = (value * operand if tokens[0] == "*" else value / operand), rest
+    return value, tokens
+
+
+def read_factor(tokens: list[str]) -> tuple[Fraction, list[str]]:
+    """As `read_sum`, for a number or a sum in parentheses, with signs before it."""
+    if not tokens:
+        raise ValueError("a number is missing at the end")
+    first, rest = tokens[0], tokens[1:]
+    if first in "+-":
+        value, rest = read_factor(rest)
+        return (-value if first == "-" else value), rest
+    if first == "(":
+        value, rest = read_sum(rest)
+        if rest[:1] != [")"]:
+            raise ValueError("')' is missing")
+        return value, rest[1:]
+    if not first[0].isdigit():
+        raise ValueError(f"{first!r} is not expected")
+    return Fraction(first), rest
 
 
 class EpisodeError(RuntimeError):

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
 from correlation_generator import CorrelationGenerator
-from environments import Environment
+from environments import CALCULATOR, Calculator, Environment
 from evaluator import asked_format
 from progress import did_you_mean
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from prompts import Prompts
 
 SPLITS = ("train", "test")
+CALCULATOR_TURNS = 4  # the most turns with a calculator
 DEFAULT_SIZES = {"train": 4000, "test": 512}  # of the tasks that make their examples
 EVAL_SEED = 0  # every run is tested on the same examples, so that runs can be compared
 SYSTEM_PROMPT = "Think first, then answer. Reply in exactly this format:\n" + asked_format("...", "...")
@@ -214,10 +215,21 @@ class CorrelationDataset(Dataset):
 # Word problems
 # ---------------------------------------------------------------------------------------------------------------------
 class WordProblems(Dataset):
-    """Base of the tasks in GSM8K's form: a question, and an answer text that ends with `#### ` and the number."""
+    """Base of the tasks in GSM8K's form: a question, and an answer text that ends with `#### ` and the number.
+
+    With the option `calculator` the model may use one (`environments.Calculator`) in the turns before its answer.
+    """
 
     modality = "text"
     instruction = "The answer is a whole number."
+    calculator = False
+
+    def give_calculator(self) -> None:
+        self.calculator, self.max_turns = True, CALCULATOR_TURNS
+        self.instruction = f"{self.instruction} {CALCULATOR}"
+
+    def environment(self, example: Example) -> Environment:
+        return Calculator(example) if self.calculator else Environment(example)
 
     @abstractmethod
     def row(self, index: int) -> dict[str, str]:
@@ -252,8 +264,18 @@ class GSM8KDataset(WordProblems):
     name = "gsm8k"
     reads_files = True
 
-    def __init__(self, split: str, num_examples: int | None = None, seed: int = 0, path: str | None = None):
+    def __init__(
+        self,
+        split: str,
+        num_examples: int | None = None,
+        seed: int = 0,
+        path: str | None = None,
+        *,
+        calculator: bool = False,
+    ):
         super().__init__(split, num_examples, seed, path)
+        if calculator:
+            self.give_calculator()
         self.rows = load_hub_rows(split) if path is None else load_local_rows(Path(path), split)
         self.num_examples = len(self.rows) if num_examples is None else num_examples
         if self.num_examples > len(self.rows):
@@ -377,13 +399,16 @@ def checked_rows(numbered_rows: Iterable[tuple[int, object]], place: str) -> lis
 class ArithmeticDataset(WordProblems):
     """Generated word problems, so that a tiny text model can learn offline.
 
-    Options: `steps`, `max_number`; see `ArithmeticGenerator`. A calculation belongs to one split, in every story.
+    Options: `steps`, `max_number`; see `ArithmeticGenerator`; `calculator`. A calculation belongs to one split, in
+    every story.
     """
 
     name = "arithmetic"
 
-    def __init__(self, *common: Any, steps: int = 2, max_number: int = 30):
+    def __init__(self, *common: Any, steps: int = 2, max_number: int = 30, calculator: bool = False):
         super().__init__(*common)
+        if calculator:
+            self.give_calculator()
         self.generator = ArithmeticGenerator(steps, max_number)
 
     def row(self, index: int) -> dict[str, str]:

@@ -21,6 +21,7 @@ report.html. Nothing here depends on a task or a model. Functions that need torc
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import math

@@ -37,7 +37,9 @@ class Toy(Environment):
             return None
         shown = [picture(32 * rng.randint(1, 3), 32 * rng.randint(1, 2), rng.randint(0, 9))] if self.pictures else []
         shown *= rng.randint(0, 2)
-        return Observation(" ".join(rng.choices(WORDS, k=rng.randint(1, 3) + self.longer)), tuple(shown), rng.random() < 0.5)
+        return Observation(
+            " ".join(rng.choices(WORDS, k=rng.randint(1, 3) + self.longer)), tuple(shown), rng.random() < 0.5
+        )
 
 
 def toys(family, generations, **options):
