@@ -89,10 +89,10 @@ class Episode:
 # ---------------------------------------------------------------------------------------------------------------------
 # A calculator
 
-CALL = re.compile(r"<calculate>(.*?)</calculate>", re.DOTALL)
+CALL = ("<calculate>", "</calculate>")
 CALCULATOR = (
-    "You have a calculator: write an expression of numbers, + - * / and parentheses like <calculate>12*(3+4)</calculate> "
-    "and end your reply; you are told its value and reply again."
+    "You have a calculator: write an expression of numbers, + - * / and parentheses like "
+    "<calculate>12*(3+4)</calculate> and end your reply; you are told its value and reply again."
 )
 LONGEST_EXPRESSION = 100  # characters, which bounds the time of a calculation and the size of its numbers
 
@@ -107,14 +107,15 @@ class Calculator(Environment):
 
     def step(self, text: str) -> Observation | None:
         self.turn += 1
-        calls = CALL.findall(text)
-        if not calls and "<calculate>" not in text:
+        before, closing, _ = text.rpartition(CALL[1])
+        _, opening, expression = (before if closing else text).rpartition(CALL[0])
+        if not opening:
             return None
         hint = "\nNow answer." if self.turn == self.max_turns - 1 else ""
         try:
-            if not calls:
-                raise ValueError("</calculate> is missing")
-            return Observation(f"= {answers.write_number(calculate(calls[-1]))}{hint}")
+            if not closing:
+                raise ValueError(f"{CALL[1]} is missing")
+            return Observation(f"= {answers.write_number(calculate(expression))}{hint}")
         except (ValueError, ZeroDivisionError) as error:
             return Observation(f"Error: {error}{hint}", malformed=True)
 

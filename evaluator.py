@@ -31,6 +31,7 @@ import numpy as np
 
 import answers as reading
 from progress import did_you_mean
+from scene_generator import COLOURS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -410,11 +411,68 @@ class CorrelationEvaluator(ClosenessEvaluator):
         }
 
 
+class ColourEvaluator(RewardEvaluator):
+    """Names of colours that are right or wrong."""
+
+    components: ClassVar = {"correctness": 2.0, "strict_format": 0.5}
+    headline = Headline("accuracy", "accuracy", "%", lower_is_better=False, chance=1 / len(COLOURS))
+    best_constant = 1 / len(COLOURS)
+    right_or_wrong = True
+    answer_pattern = re.compile(rf"\b({'|'.join(COLOURS)})\b", re.IGNORECASE)
+    gold = "red"
+
+    def value(self, match: re.Match[str]) -> str:
+        return match[0].lower()
+
+    def correctness(self, completion: Completion, gold: Answer) -> float:
+        """The answer block names the right colour and no other."""
+        return completion.strict_prediction is not None and completion.strict_prediction == gold
+
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        return {
+            "accuracy": sum(self.is_correct(c, gold) for c, gold in zip(completions, answers, strict=True)) / len(answers),
+            "format_fraction": sum(c.strict_format for c in completions) / len(completions),
+            "unreadable_fraction": _unreadable_fraction(completions),
+        }
+
+
+class FeedbackEvaluator(ClosenessEvaluator):
+    """Answers that are given again after feedback. The last one is scored; how it compares with the first is logged.
+    Mixed in before the evaluator of a single turn."""
+
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        """Besides the task's metrics of the last answers: `first_error` and `last_error`, means; `improved` and
+        `harmed`, the shares of rows whose last answer is nearer or farther than the first; `copied`, the share whose
+        last answer is the first."""
+        firsts = [c.earlier[0] if c.earlier else c for c in completions]  # B
+        first, last = self.errors(firsts, answers), self.errors(completions, answers)  # (B,) each
+        same = [a.prediction == b.prediction for a, b in zip(firsts, completions, strict=True)]
+        return {
+            **super().metrics(completions, answers),  # type: ignore[safe-super]
+            "first_error": float(first.mean()),
+            "last_error": float(last.mean()),
+            "improved": float((last < first).mean()),
+            "harmed": float((last > first).mean()),
+            "copied": sum(same) / len(same),
+        }
+
+
+class ClockFeedbackEvaluator(FeedbackEvaluator, ClockEvaluator):
+    """Times on a dial, in two turns."""
+
+
+class CorrelationFeedbackEvaluator(FeedbackEvaluator, CorrelationEvaluator):
+    """Correlations, in two turns."""
+
+
 EVALUATORS: dict[str, type[RewardEvaluator]] = {
     "gsm8k": ExactNumberEvaluator,
     "arithmetic": ExactNumberEvaluator,
     "clock": ClockEvaluator,
     "correlation": CorrelationEvaluator,
+    "look": ColourEvaluator,
+    "clock_feedback": ClockFeedbackEvaluator,
+    "correlation_feedback": CorrelationFeedbackEvaluator,
 }
 
 

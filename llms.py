@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
+import turns
+from environments import Observation
 from logprobs import KEPT_BYTES
 from model_checks import (
     ModelError,
@@ -35,7 +37,7 @@ from model_checks import (
     report_other_tokenizer,
 )
 from number_checks import check_numbers
-from prompts import chat_text, closing_token, encode_prompts, refuse_stray_placeholders
+from prompts import chat_text, closing_token, encode_observations, encode_prompts, refuse_stray_placeholders
 
 if TYPE_CHECKING:
     from config import Config
@@ -325,11 +327,12 @@ def refuse_unfit_config(config: Config, test_set: Dataset, model_config: Any, na
             f"the task {test_set.name!r} shows pictures and {name} reads text only: choose a vision-language model "
             "such as Qwen/Qwen2.5-VL-3B-Instruct, or --model_path tiny"
         )
-    context = context_length(model_config)
-    if context and config.max_prompt_length + config.max_completion_length > context:
+    context, most = context_length(model_config), test_set.max_turns
+    if context and config.max_prompt_length + most * config.max_completion_length > context:
         raise ModelError(
             f"{name} can read {context} tokens, fewer than --max_prompt_length {config.max_prompt_length} "
-            f"+ --max_completion_length {config.max_completion_length}: lower one of them"
+            f"+ {f'{most} turns of ' if most > 1 else ''}--max_completion_length {config.max_completion_length}: "
+            "lower one of them"
         )
 
 
@@ -348,3 +351,23 @@ def refuse_unfit_model(config: Config, llm: LLM, train_set: Dataset, test_set: D
     lengths = (encode_prompts(llm, [test_set[i]]).lengths[0] for i in range(len(test_set)))
     if all(length > config.max_prompt_length for length in lengths):
         raise ModelError(f"all test prompts are longer than --max_prompt_length {config.max_prompt_length}: raise it")
+    if test_set.max_turns > 1:
+        refuse_unfit_conversation(config, llm, test_set)
+
+
+def refuse_unfit_conversation(config: Config, llm: LLM, test_set: Dataset) -> None:
+    """Play an episode of empty turns, and refuse it if the model's template cannot write its observations or if it is
+    longer than the model's context."""
+    environment = test_set.environments([test_set[0]])[0]
+    observations = [Observation("Go on.")]  # shows what the template does, if the environment says nothing
+    while len(observations) < test_set.max_turns:
+        if (shown := turns.answer(environment, "", len(observations))) is None:
+            break
+        observations.append(shown)
+    tokens = sum(len(ids) for ids in encode_observations(llm, observations)[0][1:])
+    needed = config.max_prompt_length + test_set.max_turns * config.max_completion_length + tokens
+    if llm.max_context and needed > llm.max_context:
+        raise ModelError(
+            f"{llm.name} can read {llm.max_context} tokens, and {test_set.max_turns} turns with {tokens} tokens of "
+            f"observations may need {needed}: lower --max_turns, --max_prompt_length or --max_completion_length"
+        )

@@ -31,6 +31,8 @@ from correlation_generator import CorrelationGenerator
 from environments import CALCULATOR, Calculator, Environment
 from evaluator import asked_format
 from progress import did_you_mean
+from scene_generator import SceneGenerator
+from visual_environments import FEEDBACK, ClockFeedback, CorrelationFeedback, Look
 
 if TYPE_CHECKING:
     from prompts import Prompts
@@ -209,6 +211,121 @@ class CorrelationDataset(Dataset):
         rng = self.rng(index)
         r = round(rng.uniform(-1, 1), 2) + 0.0  # + 0.0 makes 0.0 of -0.0
         return self.question, [self.generator.generate(r, rng)], f"{r:.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision in several turns: what the model writes in a turn is answered with a picture, see visual_environments.py
+# ---------------------------------------------------------------------------------------------------------------------
+def checked_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value of an option. Raises ValueError unless it is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def index_of(example: Example) -> int:
+    """The index of an example in its dataset, from its id."""
+    return int(example.id.rpartition("-")[2])
+
+
+class LookDataset(Dataset):
+    """What colour is the odd shape? The overview is grey; a turn that names a cell is shown it enlarged, in colour.
+
+    Options: `size` (pixels), `cells` (4 or 9), `looks` (turns before the last one), `feedback`; see `Look`.
+    """
+
+    name = "look"
+    modality = "vision"
+
+    def __init__(self, *common: Any, size: int = 224, cells: int = 4, looks: int = 1, feedback: str = "real"):
+        super().__init__(*common)
+        if not isinstance(looks, int) or not 1 <= looks <= 8:
+            raise ValueError(f"looks must be a whole number from 1 to 8, not {looks!r}")
+        self.generator, self.feedback = SceneGenerator(size, cells), checked_choice("feedback", feedback, FEEDBACK)
+        self.max_turns = looks + 1
+        self.question = (
+            "One shape is odd. What colour is it? To see a cell enlarged and in colour, reply with its number and "
+            "nothing else."
+        )
+
+    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        scene = self.generator.scene(self.rng(index))
+        return self.question, [self.generator.overview(scene)], scene.answer
+
+    def environment(self, example: Example) -> Environment:
+        return Look(example, self.feedback, self.generator, self.generator.scene(self.rng(index_of(example))))
+
+    def solution(self, index: int) -> str:
+        """The number of the odd cell and the colours of all cells, separated by spaces."""
+        scene = self.generator.scene(self.rng(index))
+        return " ".join([str(scene.odd), *scene.colours])
+
+
+class ClockFeedbackDataset(ClockDataset):
+    """A clock in two turns: the first answer is drawn, and the second one counts.
+
+    Options: those of `clock`, `feedback`, and `view` (see `ClockFeedback`). `marked=false` turns each dial by a hidden
+    multiple of 30 degrees, so that only the drawn answer shows where 12 o'clock is.
+    """
+
+    name = "clock_feedback"
+    max_turns = 2
+
+    def __init__(
+        self,
+        *common: Any,
+        size: int = 224,
+        style: str = "classic",
+        second_hand: bool = True,
+        marked: bool = True,
+        feedback: str = "real",
+        view: str = "overlay",
+    ):
+        super().__init__(*common, size=size, style=style, second_hand=second_hand)
+        if not isinstance(marked, bool):
+            raise ValueError(f"marked must be true or false, not {marked!r}")
+        self.feedback = checked_choice("feedback", feedback, FEEDBACK)
+        self.view = checked_choice("view", view, ClockFeedback.views)
+        turns = [0] if marked else range(0, 360, 30)
+        self.generators = [ClockImageGenerator(size, style, turn, second_hand, marked) for turn in turns]
+
+    def generator_of(self, index: int) -> ClockImageGenerator:
+        """The generator of an example's dial."""
+        return self.generators[int(self.rng(index).integers(2**31)) % len(self.generators)]
+
+    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        question, _, answer = super().make(index)
+        hour, minute, second = (int(part) for part in answer.split(":"))
+        return question, [self.generator_of(index).generate(hour, minute, second)], answer
+
+    def environment(self, example: Example) -> Environment:
+        return ClockFeedback(example, self.feedback, self.generator_of(index_of(example)), self.view)
+
+
+class CorrelationFeedbackDataset(CorrelationDataset):
+    """A correlation in two turns: the first answer is drawn over the points, and the second one counts.
+
+    Options: those of `correlation`, `feedback`, and `view` (see `CorrelationFeedback`).
+    """
+
+    name = "correlation_feedback"
+    max_turns = 2
+
+    def __init__(
+        self,
+        *common: Any,
+        size: int = 224,
+        num_points: int = 75,
+        style: str = "classic",
+        feedback: str = "real",
+        view: str = "ellipse",
+    ):
+        super().__init__(*common, size=size, num_points=num_points, style=style)
+        self.feedback = checked_choice("feedback", feedback, FEEDBACK)
+        self.view = checked_choice("view", view, CorrelationFeedback.views)
+
+    def environment(self, example: Example) -> Environment:
+        return CorrelationFeedback(example, self.feedback, self.generator, self.view)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,6 +546,9 @@ DATASETS: dict[str, type[Dataset]] = {
         ClockDataset,
         CorrelationDataset,
         ArithmeticDataset,
+        LookDataset,
+        ClockFeedbackDataset,
+        CorrelationFeedbackDataset,
     )
 }
 

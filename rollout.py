@@ -163,22 +163,25 @@ class Rollout:
         index = torch.tensor(self.prompt_of_row, device=self.completion_ids.device)
         return completion_positions(self.prompts, index, self.completion_ids.shape[1])
 
-    def continued(self, talks: Sequence[Conversation], pad_token_id: int, seconds: dict[str, float]) -> Rollout:
-        """The same prompts with the conversations that began with these completions."""
-        said = turns.stack(talks, pad_token_id, self.completion_ids.device)
+    @staticmethod
+    def of_conversations(
+        prompts: Prompts, talks: Sequence[Conversation], pad_token_id: int, seconds: dict[str, float] | None = None
+    ) -> Rollout:
+        """B = Q·G conversations as tensors."""
+        said = turns.stack(talks, pad_token_id, prompts.ids.device)
         return Rollout(
-            self.prompts,
+            prompts,
             said.ids,
             said.mask,
             said.logps,
             torch.tensor([talk.finished for talk in talks], device=said.ids.device),
             [talk.turns[-1].text for talk in talks],
-            self.num_generations,
+            len(talks) // len(prompts),
             said.sampled,
             said.positions,
             said.vision,
             [Episode(talk.turns) for talk in talks],
-            seconds,
+            seconds or {},
         )
 
     def micro_batches(self, budget: int) -> list[list[int]]:
@@ -280,7 +283,7 @@ class Sampler:
             with timed(seconds, "environment"):
                 rows = turns.show_observations(llm, talks, environments, rows, max_completion_length)
             if not rows:
-                return first.continued(talks, llm.pad_token_id, seconds)
+                return Rollout.of_conversations(prompts, talks, llm.pad_token_id, seconds)
             size = halve_to(len(talks), len(rows)) if self.decoder and self.decoder.uses_graphs else len(rows)
             padded = rows + rows[-1:] * (size - len(rows))  # few numbers of rows, hence few CUDA graphs
             with timed(seconds, "reread"):

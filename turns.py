@@ -131,6 +131,28 @@ def write_turn(
         conversation.write(tokens, row_logps[: len(tokens)], text, ended)
 
 
+def play_script(
+    llm: LLM, prompts: Prompts, environments: Sequence[Environment], texts: Sequence[Sequence[str]]
+) -> list[Conversation]:
+    """The conversations in which the model writes given texts, turn by turn, and B environments answer them.
+
+    Raises:
+        ValueError: an environment asks for more turns than there are texts.
+    """
+    talks = begin(prompts, len(environments) // len(prompts))
+    rows, turn = list(range(len(talks))), 0
+    while rows:
+        if any(turn >= len(texts[row]) for row in rows):
+            raise ValueError(f"an environment asks for turn {turn + 1}, for which there is no text")
+        written = [texts[row][turn] for row in rows]
+        for row, text, ids in zip(
+            rows, written, llm.tokenizer(written, add_special_tokens=False)["input_ids"], strict=True
+        ):
+            talks[row].write([*ids, llm.eos_token_ids[0]], [0.0] * (len(ids) + 1), text, True)
+        rows, turn = show_observations(llm, talks, environments, rows, 0), turn + 1
+    return talks
+
+
 @torch.inference_mode(False)
 def show_observations(
     llm: LLM,
