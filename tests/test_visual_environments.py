@@ -1,9 +1,12 @@
 """Environments with pictures: what each kind of feedback shows, and that none of them knows the right answer."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import records, small_run  # noqa: F401  (a fixture)
 
 from evaluator import get_evaluator
 from rldatasets import get_dataset
@@ -190,3 +193,26 @@ def test_colours_are_read_as_whole_words():
     assert evaluator.is_correct("<answer>Red</answer>", "red")
     assert evaluator.predict("<answer>reddish</answer>") is None
     assert evaluator.score("<answer>red or blue</answer>", "red")["correctness"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documented environment
+
+
+@pytest.mark.slow
+def test_the_documented_environment_trains(small_run, monkeypatch):  # noqa: F811
+    """The thirty lines of docs/environments.md, registered as they say, run with two turns."""
+    import rldatasets
+    from environments import Observation
+    from evaluator import EVALUATORS, ExactNumberEvaluator
+
+    page = (Path(rldatasets.__file__).parent / "docs" / "environments.md").read_text()
+    namespace = {**vars(rldatasets), "Observation": Observation}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], namespace)
+    monkeypatch.setitem(rldatasets.DATASETS, "elapsed", namespace["ElapsedDataset"])
+    monkeypatch.setitem(EVALUATORS, "elapsed", ExactNumberEvaluator)
+    run = small_run(
+        "correlation", "--dataset_name elapsed --dataset_options size=32 style=bold --max_prompt_length 200"
+    )
+    logged = records(run)
+    assert logged[-1]["step"] == 4 and max(record["turns"] for record in logged) > 1
