@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from environments import Episode, Turn
 from evaluator import Completion, RewardEvaluator
 from prompts import plain_text
 from rldatasets import Example
@@ -64,6 +65,8 @@ class Batch:
             "truncated_fraction": 1 - float(self.rollout.finished.float().mean()),
             "zero_std_fraction": float((~self.varied()).float().mean()),
             "tokens": int(lengths.sum()),
+            **turn_columns(self.rollout.episodes),
+            **{f"seconds/{name}": seconds for name, seconds in self.rollout.seconds.items()},
         }
 
     def readable(
@@ -82,6 +85,12 @@ class Batch:
         scores = self.rewards.sum(1).tolist() if scores is None else scores
         lengths, finished = self.rollout.lengths.tolist(), self.rollout.finished.tolist()
 
+        def readable_turns(row: int) -> dict:
+            episodes = self.rollout.episodes
+            if not episodes or len(episodes[row].turns) == 1:
+                return {}
+            return {"turns": [readable_turn(turn) for turn in episodes[row].turns]}
+
         def readable_completion(row: int) -> dict:
             return {
                 "text": self.completions[row].text,
@@ -91,6 +100,7 @@ class Batch:
                 "length": lengths[row],
                 "truncated": not finished[row],
                 "prediction": self.completions[row].prediction,
+                **readable_turns(row),
             }
 
         return [
@@ -103,6 +113,32 @@ class Batch:
             }
             for q, example in enumerate(self.examples[:count])
         ]
+
+
+def readable_turn(turn: Turn) -> dict:
+    """A turn as the run folder keeps it; the pictures of its observation under "image_data"."""
+    shown = turn.observation
+    observation = None if shown is None else {"text": shown.text, "image_data": list(shown.images)}
+    return {"text": turn.text, "length": turn.length, "observation": observation}
+
+
+def score(examples: list[Example], rollout: Rollout, evaluator: RewardEvaluator) -> tuple[Batch, dict[str, float]]:
+    """Score the completions of Q examples -> the batch, and the task's metrics. Only what the model wrote is scored."""
+    completions = [evaluator.parse_episode(texts) for texts in rollout.texts_of_turns]  # B
+    answers = [example.answer for example in examples for _ in range(rollout.num_generations)]  # B
+    rewards, metrics = evaluator.compute_rewards(completions, answers)  # (B, K)
+    return Batch(examples, rollout, completions, rewards), metrics
+
+
+def turn_columns(episodes: Sequence[Episode]) -> dict[str, float]:
+    """The columns of a record that only tasks with several turns have: means over the rows."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    sums = {
+        "turns": len(turns),
+        "invalid_turns": sum(turn.observation is not None and turn.observation.malformed for turn in turns),
+        "observation_tokens": sum(turn.observation_length for turn in turns),
+    }
+    return {name: total / len(episodes) for name, total in sums.items()} if episodes else {}
 
 
 def named_means(reward_names: Sequence[str], rewards: Tensor) -> dict[str, float]:
@@ -118,6 +154,7 @@ def evaluation_metrics(
     completions = [completion for batch in batches for completion in batch.completions]  # N
     rewards = torch.cat([batch.rewards for batch in batches])  # (N, K)
     lengths = torch.cat([batch.rollout.lengths for batch in batches])  # (N,)
+    episodes = [episode for batch in batches for episode in batch.rollout.episodes]  # N, or none
     finished = torch.cat([batch.rollout.finished for batch in batches])  # (N,)
     return {
         "num_examples": len(answers),
@@ -127,4 +164,5 @@ def evaluation_metrics(
         **evaluator.sampling_metrics(completions, answers, samples),
         "completion_length": float(lengths.float().mean()),
         "truncated_fraction": 1 - float(finished.float().mean()),
+        **turn_columns(episodes),
     }

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SUPERSAMPLING = 4  # a picture is drawn this many times larger, then averaged down
 MIN_SIZE, MAX_SIZE = 16, 1024  # pixels: in smaller pictures the hands merge, larger ones are slow to draw
+OUTLINE = "#f08000"  # of hands drawn over a clock
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,20 @@ class ClockImageGenerator:
         style: a name in `STYLES`.
         rotation: clockwise rotation of the whole dial in degrees; a triangle marks 12 o'clock.
         second_hand: whether the second hand is drawn.
+        marked: whether the triangle is drawn; without it the rotation of a dial without numerals is hidden.
 
     Raises:
         ValueError: an argument has the wrong type or is out of range; the message names it.
     """
 
-    def __init__(self, size: int = 224, style: str = "classic", rotation: float = 0.0, second_hand: bool = True):
+    def __init__(
+        self,
+        size: int = 224,
+        style: str = "classic",
+        rotation: float = 0.0,
+        second_hand: bool = True,
+        marked: bool = True,
+    ):
         if style not in STYLES:
             raise ValueError(f"unknown clock style {style!r}; choose from {', '.join(STYLES)}")
         if not isinstance(size, int) or not MIN_SIZE <= size <= MAX_SIZE:
@@ -84,10 +93,13 @@ class ClockImageGenerator:
             raise ValueError(f"clock rotation must be a number of degrees, not {rotation!r}")
         if not isinstance(second_hand, bool):
             raise ValueError(f"second_hand must be true or false, not {second_hand!r}")
+        if not isinstance(marked, bool):
+            raise ValueError(f"marked must be true or false, not {marked!r}")
         self.size = size
         self.style = STYLES[style]
         self.rotation = rotation
         self.second_hand = second_hand
+        self.marked = marked
         self._centre = size * SUPERSAMPLING / 2
         self._radius = 0.96 * self._centre
         self._dial = self._draw_dial()  # the same in every picture
@@ -98,17 +110,35 @@ class ClockImageGenerator:
         Raises:
             ValueError: the time does not exist.
         """
+        picture = self._dial.copy()
+        draw = ImageDraw.Draw(picture)
+        for hand, turn in self._hands(hour, minute, second):
+            self._draw_hand(draw, hand, turn)
+        self._draw_disc(draw, self.style.hub, "black")
+        return picture.reduce(SUPERSAMPLING)
+
+    def draw_over(self, picture: Image.Image, hour: int, minute: int, second: int) -> Image.Image:
+        """A copy of a clock's picture with the hands of another time in orange outlines over it.
+
+        Raises:
+            ValueError: the time does not exist, or the picture has another size.
+        """
+        if picture.size != (self.size, self.size):
+            raise ValueError(f"the picture has {picture.size} pixels, not {(self.size, self.size)}")
+        side = self.size * SUPERSAMPLING
+        larger = picture.resize((side, side), Image.Resampling.NEAREST)  # averaged down again, it is the same
+        draw = ImageDraw.Draw(larger)
+        for hand, turn in self._hands(hour, minute, second):
+            draw.polygon(self._corners(hand, turn), outline=OUTLINE, width=max(1, round(0.02 * side)))
+        return larger.reduce(SUPERSAMPLING)
+
+    def _hands(self, hour: int, minute: int, second: int) -> list[tuple[Hand, float]]:
+        """The hands in the order in which they are drawn, with their angles in full turns."""
         if not (0 <= hour <= 23 and 0 <= minute <= 59 and 0 <= second <= 59):
             raise ValueError(f"no such time: {hour}:{minute}:{second}")
         seconds = (hour % 12) * 3600 + minute * 60 + second
-        picture = self._dial.copy()
-        draw = ImageDraw.Draw(picture)
-        self._draw_hand(draw, self.style.hour, turn=seconds / 43_200)  # 12 hours
-        self._draw_hand(draw, self.style.minute, turn=seconds % 3600 / 3600)
-        if self.second_hand:
-            self._draw_hand(draw, self.style.second, turn=seconds % 60 / 60)
-        self._draw_disc(draw, self.style.hub, "black")
-        return picture.reduce(SUPERSAMPLING)
+        hands = [(self.style.hour, seconds / 43_200), (self.style.minute, seconds % 3600 / 3600)]  # of 12 h, of 1 h
+        return [*hands, (self.style.second, seconds % 60 / 60)] if self.second_hand else hands
 
     def _point(self, turn: float, distance: float, sideways: float = 0.0) -> tuple[float, float]:
         """Pixel coordinates (x, y) before averaging. `turn` is the angle clockwise from 12 o'clock in full turns;
@@ -123,10 +153,13 @@ class ClockImageGenerator:
         box = [self._centre - pixels] * 2 + [self._centre + pixels] * 2
         draw.ellipse(box, fill=fill, outline=outline, width=max(1, round(0.02 * self._radius)))
 
-    def _draw_hand(self, draw: ImageDraw.ImageDraw, hand: Hand, turn: float) -> None:
+    def _corners(self, hand: Hand, turn: float) -> list[tuple[float, float]]:
         half = hand.width / 2
         corners = [(-hand.tail, -half), (hand.length, -half), (hand.length, half), (-hand.tail, half)]
-        draw.polygon([self._point(turn, out, sideways) for out, sideways in corners], fill=hand.colour)
+        return [self._point(turn, out, sideways) for out, sideways in corners]
+
+    def _draw_hand(self, draw: ImageDraw.ImageDraw, hand: Hand, turn: float) -> None:
+        draw.polygon(self._corners(hand, turn), fill=hand.colour)
 
     def _draw_dial(self) -> Image.Image:
         side = self.size * SUPERSAMPLING
@@ -141,7 +174,8 @@ class ClockImageGenerator:
             font = ImageFont.load_default(size=0.17 * self._radius)
             for hour in range(1, 13):
                 draw.text(self._point(hour / 12, 0.76), str(hour), fill="black", font=font, anchor="mm")
-        draw.polygon([self._point(0, 0.86), self._point(0, 0.99, -0.07), self._point(0, 0.99, 0.07)], fill="black")
+        if self.marked:
+            draw.polygon([self._point(0, 0.86), self._point(0, 0.99, -0.07), self._point(0, 0.99, 0.07)], fill="black")
         return picture
 
 

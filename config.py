@@ -76,7 +76,7 @@ class Objective:
     normalizer: str = flag(
         "completions",
         "divide the summed loss by: completions = each length, then their number; tokens = all tokens; "
-        "max_length = completions × --max_completion_length",
+        "max_length = completions × --max_completion_length × turns",
         choices=("completions", "tokens", "max_length"),
     )
     dynamic_sampling: bool = flag(False, "replace groups whose rewards are all equal (DAPO): 1 or 0")
@@ -138,7 +138,8 @@ class Config:
     prompts_per_step: int = flag(8, "Q: prompts per optimizer step", 1, section="Sampling")
     num_generations: int = flag(16, "G: completions per prompt, compared with each other", 2)
     max_prompt_length: int = flag(512, "skip prompts with more tokens than this, pictures included", 1)
-    max_completion_length: int = flag(786, "cut completions off after this many tokens", 1)
+    max_completion_length: int = flag(786, "cut completions, or each turn of them, off after this many tokens", 1)
+    max_turns: int | None = flag(None, "the most turns of an episode (default, and at most: the task's)", 1)
     temperature: float = flag(1.0, "temperature of sampling and of the trained log-probabilities", 0.01, 100)
     eval_batch_size: int = flag(64, "prompts evaluated at once", 1)
     eval_samples: int = flag(1, "also sample K answers to each test question, for pass@K and majority@K", 1)
@@ -150,6 +151,7 @@ class Config:
     )
     num_iterations: int = flag(1, "μ: updates from the same completions", 1)
     max_resamples: int = flag(3, "rounds of further prompts with --dynamic_sampling", 1)
+    train_turns: str = flag("all", "the turns whose tokens are in the loss", choices=("all", "last"))
     mask_truncated_completions: bool = flag(False, "leave completions that were cut off out of the loss")
     importance_sampling_correction: bool = flag(
         False, "weight each token by the trainer's probability over the sampler's"
@@ -211,10 +213,16 @@ class Config:
 
     argv: tuple[str, ...] = ()  # the arguments as given
 
-    def with_steps(self, steps_per_epoch: int) -> Config:
-        """The same settings with `max_steps` known: --max_steps, or --num_train_epochs times the steps of an epoch."""
+    @property
+    def max_episode_length(self) -> int:
+        """The most tokens that the model samples in an episode."""
+        return (self.max_turns or 1) * self.max_completion_length
+
+    def with_steps(self, steps_per_epoch: int, max_turns: int = 1) -> Config:
+        """The same settings with `max_turns` of the task known, and `max_steps`: --max_steps, or --num_train_epochs
+        times the steps of an epoch."""
         steps = math.ceil(self.num_train_epochs * steps_per_epoch) * self.num_iterations
-        return dataclasses.replace(self, max_steps=self.max_steps or max(1, steps))
+        return dataclasses.replace(self, max_steps=self.max_steps or max(1, steps), max_turns=max_turns)
 
     def flags(self) -> dict[str, Any]:
         """Every flag by name, for config.json; the choices of the objective under their own names."""

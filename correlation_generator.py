@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 SUPERSAMPLING = 4  # a picture is drawn this many times larger, then averaged down
 MIN_SIZE, MAX_SIZE = 16, 1024  # pixels: in smaller pictures the dots merge, larger ones are slow to draw
 MAX_POINTS = 10_000  # more points cover the picture
+OVERLAY = "#f08000"  # of what is drawn over a plot
 AXIS_LIMIT = 3.0  # the axes span at least -3 to 3 standard deviations, and more if a point lies outside
 
 
@@ -84,14 +85,49 @@ class CorrelationGenerator:
         """The picture of points x and y, (N,) each, with mean 0. Both axes have the same limits, which include every
         point."""
         limit = max(AXIS_LIMIT, np.abs(x).max(), np.abs(y).max())
-        side = self.size * SUPERSAMPLING
-        centre, radius = side / 2, self.style.radius * side
-        scale = (centre - 0.03 * side - radius) / limit  # pixels per standard deviation; dots stay inside the frame
         picture = self._background.copy()
-        draw = ImageDraw.Draw(picture)
-        for column, row in zip((centre + scale * x).tolist(), (centre - scale * y).tolist(), strict=True):
-            draw.ellipse((column - radius, row - radius, column + radius, row + radius), fill=self.style.dot)
+        self._draw_dots(ImageDraw.Draw(picture), x, y, limit, self.style.dot)
         return picture.reduce(SUPERSAMPLING)
+
+    def draw_over(self, picture: Image.Image, x: np.ndarray, y: np.ndarray) -> Image.Image:
+        """A copy of a plot with orange points x and y, (N,) each, over it, on axes of the usual limits."""
+        larger = self._enlarged(picture)
+        self._draw_dots(ImageDraw.Draw(larger), x, y, AXIS_LIMIT, OVERLAY)
+        return larger.reduce(SUPERSAMPLING)
+
+    def draw_ellipse(self, picture: Image.Image, r: float) -> Image.Image:
+        """A copy of a plot with the ellipse of two standard deviations of a normal distribution with correlation r, in
+        orange, on axes of the usual limits.
+
+        Raises:
+            ValueError: r is not between -1 and 1.
+        """
+        if not -1 <= r <= 1:
+            raise ValueError(f"a correlation lies between -1 and 1, not at {r}")
+        larger = self._enlarged(picture)
+        turn = np.linspace(0, 2 * np.pi, 200)  # (N,)
+        x, y = 2 * np.cos(turn), 2 * (r * np.cos(turn) + np.sqrt(1 - r * r) * np.sin(turn))  # (N,) each
+        columns, rows = self._pixels(x, y, AXIS_LIMIT)
+        line = list(zip(columns, rows, strict=True))
+        ImageDraw.Draw(larger).line(line, fill=OVERLAY, width=max(1, round(0.02 * larger.width)), joint="curve")
+        return larger.reduce(SUPERSAMPLING)
+
+    def _pixels(self, x: np.ndarray, y: np.ndarray, limit: float) -> tuple[list[float], list[float]]:
+        """Columns and rows, before averaging, of points in standard deviations; dots stay inside the frame."""
+        side = self.size * SUPERSAMPLING
+        scale = (side / 2 - 0.03 * side - self.style.radius * side) / limit  # pixels per standard deviation
+        return (side / 2 + scale * x).tolist(), (side / 2 - scale * y).tolist()
+
+    def _draw_dots(self, draw: ImageDraw.ImageDraw, x: np.ndarray, y: np.ndarray, limit: float, colour: str) -> None:
+        radius = self.style.radius * self.size * SUPERSAMPLING
+        for column, row in zip(*self._pixels(x, y, limit), strict=True):
+            draw.ellipse((column - radius, row - radius, column + radius, row + radius), fill=colour)
+
+    def _enlarged(self, picture: Image.Image) -> Image.Image:
+        """The picture before averaging, for drawing over it: averaged down again, it is the same."""
+        if picture.size != (self.size, self.size):
+            raise ValueError(f"the picture has {picture.size} pixels, not {(self.size, self.size)}")
+        return picture.resize((self.size * SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
 
     def _draw_background(self) -> Image.Image:
         side = self.size * SUPERSAMPLING

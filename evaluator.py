@@ -17,6 +17,7 @@ Only what follows a closed `<think>` block is scored.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
@@ -30,6 +31,7 @@ import numpy as np
 
 import answers as reading
 from progress import did_you_mean
+from scene_generator import COLOURS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +98,7 @@ class Completion:
     strict_format: bool  # whether the reply is exactly in the asked format
     prediction: Answer  # the lenient reading: the last answer in the answer block, else in the reply, else in the text
     strict_prediction: Answer  # the only answer in the answer block
+    earlier: tuple[Completion, ...] = ()  # the turns before this one, if there are several
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,11 @@ class RewardEvaluator(ABC):
             prediction = self.value(found[-1]) if found else None
             return Completion(completion, reply, tagged, strict_format, prediction, strict_prediction)
 
+    def parse_episode(self, texts: Sequence[str]) -> Completion:
+        """The last of the texts that the model wrote in its turns, with the others as `earlier`."""
+        *earlier, last = [self.parse(text) for text in texts]
+        return dataclasses.replace(last, earlier=tuple(earlier)) if earlier else last
+
     def parse_answer(self, text: str) -> Answer:
         """The only answer in a text, which may have words or a unit around it; None without one or with several."""
         found = self._find(text)
@@ -186,6 +194,11 @@ class RewardEvaluator(ABC):
         """The value of each reward component, by name."""
         completion, gold = self.parse(completion), self.parse_answer(answer)
         return {name: weight * getattr(self, name)(completion, gold) for name, weight in self.components.items()}
+
+    def score_episode(self, texts: Sequence[str], answer: str) -> dict[str, float]:
+        """The value of each reward component for the texts of all turns. The last one counts, unless a component also
+        looks at `completion.earlier`."""
+        return self.score(self.parse_episode(texts), answer)
 
     def compute_rewards(
         self, completions: Sequence[str | Completion], answers: Sequence[str]
@@ -398,11 +411,69 @@ class CorrelationEvaluator(ClosenessEvaluator):
         }
 
 
+class ColourEvaluator(RewardEvaluator):
+    """Names of colours that are right or wrong."""
+
+    components: ClassVar = {"correctness": 2.0, "strict_format": 0.5}
+    headline = Headline("accuracy", "accuracy", "%", lower_is_better=False, chance=1 / len(COLOURS))
+    best_constant = 1 / len(COLOURS)
+    right_or_wrong = True
+    answer_pattern = re.compile(rf"\b({'|'.join(COLOURS)})\b", re.IGNORECASE)
+    gold = "red"
+
+    def value(self, match: re.Match[str]) -> str:
+        return match[0].lower()
+
+    def correctness(self, completion: Completion, gold: Answer) -> float:
+        """The answer block names the right colour and no other."""
+        return completion.strict_prediction is not None and completion.strict_prediction == gold
+
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        return {
+            "accuracy": sum(self.is_correct(c, gold) for c, gold in zip(completions, answers, strict=True))
+            / len(answers),
+            "format_fraction": sum(c.strict_format for c in completions) / len(completions),
+            "unreadable_fraction": _unreadable_fraction(completions),
+        }
+
+
+class FeedbackEvaluator(ClosenessEvaluator):
+    """Answers that are given again after feedback. The last one is scored; how it compares with the first is logged.
+    Mixed in before the evaluator of a single turn."""
+
+    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
+        """Besides the task's metrics of the last answers: `first_error` and `last_error`, means; `improved` and
+        `harmed`, the shares of rows whose last answer is nearer or farther than the first; `copied`, the share whose
+        last answer is the first."""
+        firsts = [c.earlier[0] if c.earlier else c for c in completions]  # B
+        first, last = self.errors(firsts, answers), self.errors(completions, answers)  # (B,) each
+        same = [a.prediction == b.prediction for a, b in zip(firsts, completions, strict=True)]
+        return {
+            **super().metrics(completions, answers),  # type: ignore[safe-super]
+            "first_error": float(first.mean()),
+            "last_error": float(last.mean()),
+            "improved": float((last < first).mean()),
+            "harmed": float((last > first).mean()),
+            "copied": sum(same) / len(same),
+        }
+
+
+class ClockFeedbackEvaluator(FeedbackEvaluator, ClockEvaluator):
+    """Times on a dial, in two turns."""
+
+
+class CorrelationFeedbackEvaluator(FeedbackEvaluator, CorrelationEvaluator):
+    """Correlations, in two turns."""
+
+
 EVALUATORS: dict[str, type[RewardEvaluator]] = {
     "gsm8k": ExactNumberEvaluator,
     "arithmetic": ExactNumberEvaluator,
     "clock": ClockEvaluator,
     "correlation": CorrelationEvaluator,
+    "look": ColourEvaluator,
+    "clock_feedback": ClockFeedbackEvaluator,
+    "correlation_feedback": CorrelationFeedbackEvaluator,
 }
 
 

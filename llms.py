@@ -25,6 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging
 
 import adapters
+import turns
+from environments import Observation
 from logprobs import KEPT_BYTES
 from model_checks import (
     ModelError,
@@ -36,7 +38,7 @@ from model_checks import (
     report_other_tokenizer,
 )
 from number_checks import check_numbers
-from prompts import chat_text, closing_token, encode_prompts, refuse_stray_placeholders
+from prompts import chat_text, closing_token, encode_observations, encode_prompts, refuse_stray_placeholders
 
 if TYPE_CHECKING:
     from config import Config
@@ -372,11 +374,12 @@ def refuse_unfit_config(config: Config, test_set: Dataset, model_config: Any, na
             f"the task {test_set.name!r} shows pictures and {name} reads text only: choose a vision-language model "
             "such as Qwen/Qwen2.5-VL-3B-Instruct, or --model_path tiny"
         )
-    context = context_length(model_config)
-    if context and config.max_prompt_length + config.max_completion_length > context:
+    context, most = context_length(model_config), test_set.max_turns
+    if context and config.max_prompt_length + most * config.max_completion_length > context:
         raise ModelError(
             f"{name} can read {context} tokens, fewer than --max_prompt_length {config.max_prompt_length} "
-            f"+ --max_completion_length {config.max_completion_length}: lower one of them"
+            f"+ {f'{most} turns of ' if most > 1 else ''}--max_completion_length {config.max_completion_length}: "
+            "lower one of them"
         )
 
 
@@ -396,3 +399,23 @@ def refuse_unfit_model(config: Config, llm: LLM, train_set: Dataset, test_set: D
     if all(length > config.max_prompt_length for length in lengths):
         hint = f"raise it{', or lower shots in --dataset_options' if test_set.shots else ''}"
         raise ModelError(f"all test prompts are longer than --max_prompt_length {config.max_prompt_length}: {hint}")
+    if test_set.max_turns > 1:
+        refuse_unfit_conversation(config, llm, test_set)
+
+
+def refuse_unfit_conversation(config: Config, llm: LLM, test_set: Dataset) -> None:
+    """Play an episode of empty turns, and refuse it if the model's template cannot write its observations or if it is
+    longer than the model's context."""
+    environment = test_set.environments([test_set[0]])[0]
+    observations = [Observation("Go on.")]  # shows what the template does, if the environment says nothing
+    while len(observations) < test_set.max_turns:
+        if (shown := turns.answer(environment, "", len(observations))) is None:
+            break
+        observations.append(shown)
+    tokens = sum(len(ids) for ids in encode_observations(llm, observations)[0][1:])
+    needed = config.max_prompt_length + test_set.max_turns * config.max_completion_length + tokens
+    if llm.max_context and needed > llm.max_context:
+        raise ModelError(
+            f"{llm.name} can read {llm.max_context} tokens, and {test_set.max_turns} turns with {tokens} tokens of "
+            f"observations may need {needed}: lower --max_turns, --max_prompt_length or --max_completion_length"
+        )

@@ -7,11 +7,10 @@ Letters in the shape comments: Q prompts, B completions (rows; row i answers pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -53,7 +52,7 @@ def token_logps_and_entropy(
     model: Any = None,
     share_prompt: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and the policy's entropy, both (B, T) float32, 0 off the completion mask.
+    """Log-probabilities and the policy's entropy, both (B, T) float32, 0 off the sampled mask.
 
     Each prompt, pictures included, is computed once and its keys and values are shared by all of its rows; gradients
     flow back through them. With `share_prompt=False` every row carries a copy of its prompt: slower and equal, for
@@ -61,15 +60,18 @@ def token_logps_and_entropy(
     """
     model = llm.model if model is None else model
     rows = list(range(len(rollout.completion_ids))) if rows is None else list(rows)
-    mask = rollout.completion_mask[rows]  # (B, T)
+    mask, padded = rollout.completion_mask[rows], rollout.sampled_mask[rows]  # (B, T) each
     length = int(mask.sum(1).max()) if rows else 0
-    full_length, mask = mask.shape[1], mask[:, :length]
+    mask, sampled = mask[:, :length], padded[:, :length]
     ids = rollout.completion_ids[rows][:, :length]  # (B, T)
+    positions = None if rollout.positions is None else rollout.positions[:, rows, :length]  # (3, B, T)
+    vision = [rollout.vision[row] for row in rows] if rollout.vision else []
     hidden_of: Callable = hidden_states if share_prompt else hidden_states_unshared
-    hidden: Tensor = hidden_of(model, rollout.prompts, [rollout.prompt_of_row[i] for i in rows], ids, mask)  # (B, T, H)
-    weight = model.get_output_embeddings().weight  # (V, H)
-    logps, entropy = BlockedLogps.apply(hidden[mask], weight, ids[mask], temperature, llm.excluded_mask())  # (N,), (N,)
-    padded = F.pad(mask, (0, full_length - length))  # (B, T)
+    prompt_of_row = [rollout.prompt_of_row[row] for row in rows]
+    hidden: Tensor = hidden_of(model, rollout.prompts, prompt_of_row, ids, mask, positions, vision)  # (B, T, H)
+    # Only at sampled tokens: a placeholder of an observation's picture has log-probability −inf.
+    weight, excluded = model.get_output_embeddings().weight, llm.excluded_mask()  # (V, H), (V,)
+    logps, entropy = BlockedLogps.apply(hidden[sampled], weight, ids[sampled], temperature, excluded)  # (N,), (N,)
     zeros = torch.zeros(padded.shape, device=padded.device, dtype=logps.dtype)
     return zeros.masked_scatter(padded, logps), zeros.masked_scatter(padded, entropy)
 
@@ -95,8 +97,21 @@ def reference_logps(llm: LLM, reference: Any, rollout: Rollout, config: Config) 
 # Hidden states: the prompts once, then the completions
 
 
-def hidden_states(model: Any, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, H): at t the state that predicts completion token t. One pass over prompts, one over completions."""
+def hidden_states(
+    model: Any,
+    prompts: Prompts,
+    prompt_of_row: list[int],
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor | None = None,
+    vision: Sequence[dict[str, Tensor]] = (),
+) -> Tensor:
+    """(B, T, H): at t the state that predicts completion token t. One pass over prompts, one over completions.
+
+    Args:
+        ids, mask: (B, T), observations included. positions: (3, B, T) of completions with pictures, else None.
+        vision: for each row the pictures of its observations, as in `Prompts`; empty if there are none.
+    """
     used = sorted(set(prompt_of_row))
     prompts = prompts.select(used)
     index = torch.tensor([used.index(prompt) for prompt in prompt_of_row], device=ids.device)  # (B,)
@@ -104,35 +119,56 @@ def hidden_states(model: Any, prompts: Prompts, prompt_of_row: list[int], ids: T
     first = prompt_hidden[:, -1].index_select(0, index).unsqueeze(1)  # (B, 1, H) predicts token 0
     if ids.shape[1] == 1:
         return first
-    rest = forward_completions(model, prompts, cache, index, ids[:, :-1], mask[:, :-1])  # (B, T - 1, H)
+    positions = None if positions is None else positions[..., :-1]
+    rest, _ = forward_completions(
+        model, prompts, cache, index, ids[:, :-1], mask[:, :-1], positions, vision
+    )  # (B, T - 1, H)
     return torch.cat([first, rest], 1)
 
 
-def hidden_states_unshared(model: Any, prompts: Prompts, prompt_of_row: list[int], ids: Tensor, mask: Tensor) -> Tensor:
+def hidden_states_unshared(
+    model: Any,
+    prompts: Prompts,
+    prompt_of_row: list[int],
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor | None = None,
+    vision: Sequence[dict[str, Tensor]] = (),
+) -> Tensor:
     """The same states in one pass over (B, P + T), each row with a copy of its prompt."""
     prompts = prompts.select(prompt_of_row)
-    index = torch.arange(len(prompt_of_row), device=ids.device)
-    length = prompts.ids.shape[1]
-    joined = Prompts(
+    joined = with_completions(prompts, ids, mask, positions, vision)
+    hidden, _ = forward_prompts(model, joined, use_cache=False)  # (B, P + T, H)
+    return hidden[:, prompts.ids.shape[1] - 1 : -1]
+
+
+def with_completions(
+    prompts: Prompts,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor | None = None,
+    vision: Sequence[dict[str, Tensor]] = (),
+) -> Prompts:
+    """B prompts (B, P) and their completions (B, T) in one: (B, P + T), with padding on the left and on the right."""
+    if positions is None:
+        positions = completion_positions(prompts, torch.arange(len(ids), device=ids.device), ids.shape[1])
+    return Prompts(
         torch.cat([prompts.ids, ids], 1),
         torch.cat([prompts.mask, mask], 1),
-        torch.cat([prompts.positions, completion_positions(prompts, index, ids.shape[1])], -1),
-        prompts.vision,
+        torch.cat([prompts.positions, positions], -1),
+        [joined_pictures(pair) for pair in zip(prompts.vision, vision, strict=True)] if vision else prompts.vision,
     )
-    hidden, _ = forward_prompts(model, joined, use_cache=False)  # (B, P + T, H)
-    return hidden[:, length - 1 : -1]
 
 
 def forward_prompts(model: Any, prompts: Prompts, use_cache: bool = True) -> tuple[Tensor, Any]:
     """One pass over the prompts, pictures included -> (hidden states (Q, P, H), key-value cache or None)."""
-    vision = [one for one in prompts.vision if one]
-    if use_cache and not vision and uses_fast_layers(model):
+    pictures = joined_pictures(prompts.vision)
+    if use_cache and not pictures and uses_fast_layers(model):
         length = prompts.ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=prompts.ids.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=prompts.ids.device)  # padding sees itself, or it is NaN
         visible = prompts.mask[:, None] & causal | itself  # (Q, P, P)
         return layers.forward(model, prompts.ids, prompts.positions, attention_bias(visible, model))
-    pictures = {name: torch.cat([one[name] for one in vision]) for name in vision[0]} if vision else {}
     output = model.base_model(
         input_ids=prompts.ids,
         attention_mask=prompts.mask.long(),
@@ -144,24 +180,53 @@ def forward_prompts(model: Any, prompts: Prompts, use_cache: bool = True) -> tup
     return output.last_hidden_state, output.past_key_values
 
 
-def forward_completions(model: Any, prompts: Prompts, cache: Any, index: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, H) hidden states of completion tokens. Row i sees the keys and values of prompt index[i]; gradients add up
-    over the rows of a group."""
-    positions = completion_positions(prompts, index, ids.shape[1])
-    if uses_fast_layers(model):
+def forward_completions(
+    model: Any,
+    prompts: Prompts,
+    cache: Any,
+    index: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor | None = None,
+    vision: Sequence[dict[str, Tensor]] = (),
+) -> tuple[Tensor, Any]:
+    """(B, T, H) hidden states of completion tokens, and keys and values of (B, P + T) tokens. Row i sees the keys and
+    values of prompt index[i]; gradients add up over the rows of a group. Arguments as in `hidden_states`."""
+    if positions is None:
+        positions = completion_positions(prompts, index, ids.shape[1])
+    pictures = joined_pictures(vision)
+    if uses_fast_layers(model) and not pictures:
         past = [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in keys_and_values(cache)]
         visible = prompts.mask[index, None].expand(-1, ids.shape[1], -1)  # (B, T, P)
         earlier = torch.ones_like(ids[0], dtype=torch.bool).expand(len(ids), ids.shape[1], -1).tril()  # (B, T, T)
         bias = attention_bias(torch.cat([visible, earlier], 2), model)  # (B, 1, T, P + T)
-        return layers.forward(model, ids, positions, bias, past)[0]
+        return layers.forward(model, ids, positions, bias, past)
+    if isinstance(cache, list):
+        cache = transformers_cache(model, cache)
     cache.batch_select_indices(index)
-    return model.base_model(
+    output = model.base_model(
         input_ids=ids,
         attention_mask=torch.cat([prompts.mask[index], mask], 1).long(),  # (B, P + T)
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
+        **pictures,
+    )
+    return output.last_hidden_state, output.past_key_values
+
+
+def joined_pictures(vision: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The inputs of the vision tower for the pictures of several sequences, in their order; empty without pictures."""
+    shown = [one for one in vision if one]
+    return {name: torch.cat([one[name] for one in shown]) for name in shown[0]} if shown else {}
+
+
+def transformers_cache(model: Any, pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """transformers' cache with each layer's keys and values."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    for number, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, number)
+    return cache
 
 
 def uses_fast_layers(model: Any) -> bool:

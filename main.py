@@ -33,7 +33,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from batch import Batch, evaluation_metrics
+from batch import Batch, evaluation_metrics, score
 from evaluator import Completion, RewardEvaluator, get_evaluator
 from llms import LLM, load_llm, pick_device, prepare_training, refuse_unfit_config, refuse_unfit_model
 from logprobs import masked_mean, reference_logps, token_logps_and_entropy
@@ -140,12 +140,12 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k3") -> Tens
     raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
 
 
-def loss_divisor(objective: Objective, mask: Tensor, max_completion_length: int) -> float:
-    """What the sum over a whole step's tokens is divided by; mask (B, T) of all its rows."""
+def loss_divisor(objective: Objective, mask: Tensor, max_length: int) -> float:
+    """What the sum over a whole step's tokens is divided by; mask (B, T) of all its rows, of at most `max_length`."""
     divisors = {
         "completions": len(mask),
         "tokens": max(1, int(mask.sum())),
-        "max_length": len(mask) * max_completion_length,
+        "max_length": len(mask) * max_length,
     }
     return float(divisors[objective.normalizer])
 
@@ -168,18 +168,18 @@ def sample_and_score(
 ) -> tuple[Batch, dict[str, float]]:
     """Sample G completions for each of Q prompts and score them -> the batch, and its columns of the record."""
     examples, prompts = next(loader)
+    environments = loader.dataset.environments(examples, config.num_generations)  # B
     with run.timed("rollout"):
-        rollout = sampler.sample(prompts, config.num_generations, config.max_completion_length, config.temperature)
+        rollout = sampler.sample(
+            prompts, config.num_generations, config.max_completion_length, config.temperature, environments=environments
+        )
     with run.timed("reward"):
-        completions = [evaluator.parse(text) for text in rollout.texts]  # B
-        answers = [example.answer for example in examples for _ in range(config.num_generations)]  # B
-        rewards, metrics = evaluator.compute_rewards(completions, answers)  # (B, K)
+        batch, metrics = score(examples, rollout, evaluator)
     if config.shuffle_rewards:  # a control that must not learn: rewards no longer belong to their completions
         generator = torch.Generator().manual_seed(loader.state_dict()["position"])
-        rewards = rewards[torch.randperm(len(rewards), generator=generator)]  # (B, K)
-    batch = Batch(examples, rollout, completions, rewards)
+        batch.rewards = batch.rewards[torch.randperm(len(batch.rewards), generator=generator)]  # (B, K)
     if config.objective.overlong_buffer:
-        metrics["overlong_penalty"] = float(overlong_penalty(rollout.lengths, config).mean())
+        metrics["overlong_penalty"] = float(overlong_penalty(rollout.longest_turns, config).mean())
     return batch, batch.record(evaluator.reward_names) | metrics
 
 
@@ -230,7 +230,7 @@ def accumulate_gradients(
     loss: Tensor = torch.zeros((), device=llm.device)
     sums: dict[str, tuple] = {}
     llm.model.train(config.gradient_checkpointing)  # transformers recomputes layers in train mode only; no dropout
-    divisor = loss_divisor(config.objective, mask, config.max_completion_length)  # the same for all micro-batches
+    divisor = loss_divisor(config.objective, mask, config.max_episode_length)  # the same for all micro-batches
     all_logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
     for rows in rollout.micro_batches(config.micro_batch_tokens):
         logps, entropy = token_logps_and_entropy(
@@ -287,11 +287,11 @@ def train(
         rollout = batch.rollout
 
         # 2. Compare each completion with its group.
-        scores = batch.rewards.sum(1) + overlong_penalty(rollout.lengths, config)  # (B,)
+        scores = batch.rewards.sum(1) + overlong_penalty(rollout.longest_turns, config)  # (B,)
         advantages = group_advantages(scores, config.num_generations, objective.scale_rewards).to(llm.device)  # (B,)
 
         # 3. Learn: μ updates from the same completions. π_old is π before the first of them.
-        mask = rollout.sampled_mask  # (B, T)
+        mask = rollout.last_turn_mask if config.train_turns == "last" else rollout.sampled_mask  # (B, T)
         if config.mask_truncated_completions:
             mask = mask & rollout.finished[:, None]
         old_logps = ref_logps = None
@@ -348,13 +348,12 @@ def evaluate(
             if not fitting:
                 continue
             examples, prompts = [examples[i] for i in fitting], prompts.select(fitting)
-            rollout = sampler.sample(prompts, 1, config.max_completion_length, temperature=0)
-            completions = [evaluator.parse(text) for text in rollout.texts]
-            rewards, _ = evaluator.compute_rewards(completions, [example.answer for example in examples])  # (n, K)
-            batches.append(Batch(examples, rollout, completions, rewards))
+            length, play = config.max_completion_length, test_set.environments
+            rollout = sampler.sample(prompts, 1, length, temperature=0, environments=play(examples))
+            batches.append(score(examples, rollout, evaluator)[0])
             if k > 1:
-                texts = sampler.sample(prompts, k, config.max_completion_length, config.temperature).texts
-                more = [evaluator.parse(text) for text in texts]
+                rollout = sampler.sample(prompts, k, length, config.temperature, environments=play(examples, k))
+                more = [evaluator.parse_episode(texts) for texts in rollout.texts_of_turns]
                 samples += [more[i : i + k] for i in range(0, len(more), k)]
     groups = [group for batch in batches for group in batch.readable(evaluator)]
     metrics = evaluation_metrics(evaluator, batches, samples)
@@ -373,7 +372,7 @@ def set_up_and_train(config: Config) -> int:
         data = (config.dataset_path, config.dataset_options)
         loader, test_set = get_dataloaders(  # before the model, which takes longer: bad data are refused at once
             *(config.dataset_name, config.prompts_per_step, config.train_size, config.eval_size, config.seed),
-            *(*data, lambda examples: encode_prompts(llm, examples), config.max_prompt_length),
+            *(*data, lambda examples: encode_prompts(llm, examples), config.max_prompt_length, config.max_turns),
         )
         check = functools.partial(refuse_unfit_config, config, test_set)
         how = (pick_device(config.device), config.dtype, config.attn_implementation, config.chat_template_kwargs, check)
@@ -381,7 +380,7 @@ def set_up_and_train(config: Config) -> int:
         llm: LLM = load_llm(run.checkpoint or model_path, *how)
         refuse_unfit_model(config, llm, loader.dataset, test_set)
         prepare_training(config, llm)
-        config = config.with_steps(loader.steps_per_epoch)
+        config = config.with_steps(loader.steps_per_epoch, test_set.max_turns)
         apart = config.objective.beta and not (config.lora_rank or config.eval_only)  # adapters can be disabled instead
         reference = load_llm(model_path, *how) if apart else None
         run.open(config, llm, reference, loader.dataset, test_set)

@@ -81,11 +81,13 @@ TITLES = {  # metric -> title, unit; "%" is a share in [0, 1], drawn times 100
     "tokens_per_second": ("Speed", "tokens/s"),
     "peak_memory_gb": ("Peak memory", "GB"),
 }
-UNITS = {r"fraction|accuracy|within|share|@": "%", r"_minutes$": "min", r"^seconds": "s", r"_gb$": "GB",
+UNITS = {r"fraction|accuracy|within|share|@|^(improved|harmed|copied)$": "%", r"_minutes$": "min", r"^seconds": "s", r"_gb$": "GB",
          r"^rewards/": "points"}  # fmt: skip
 CHARTS = {  # charts of several panels: file name -> title, metrics
     "rewards": ("Reward by component", [r"rewards/.*"]),
     "task_metrics": ("Metrics of the task", []),  # all others in evaluations
+    "feedback": ("The first and the last answer", ["first_error", "last_error", "improved", "harmed", "copied"]),
+    "turns": ("Turns", ["turns", "invalid_turns", "observation_tokens", "seconds/environment", "seconds/reread"]),
     "optimization": ("Optimization", ["loss", "grad_norm", "learning_rate", "skipped_steps"]),
     "policy": ("How the policy moves", ["kl", "entropy", "clip_fraction", "ratio", "sampler_logp_diff"]),
     "completions": ("Completions and groups",

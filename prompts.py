@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from model_checks import ModelError
 
 if TYPE_CHECKING:
+    from environments import Observation
     from llms import LLM
     from rldatasets import Example
 
@@ -50,14 +52,20 @@ class Prompts:
 
     def select(self, index: list[int]) -> Prompts:
         """The prompts at `index`, without the columns that are padding in all of them."""
-        mask = self.mask[index]
-        start = int(mask.any(0).int().argmax())
+        return self.rows(index, int(self.mask[index].any(0).int().argmax()))
+
+    def rows(self, index: list[int], start: int = 0) -> Prompts:
+        """The prompts at `index`, without the first `start` columns."""
+        vision = [self.vision[i] for i in index]
         return Prompts(
-            self.ids[index][:, start:],
-            mask[:, start:],
-            self.positions[..., index, start:],
-            [self.vision[i] for i in index],
+            self.ids[index][:, start:], self.mask[index][:, start:], self.positions[..., index, start:], vision
         )
+
+    def left_padded(self) -> Prompts:
+        """The same tokens with all padding on the left."""
+        order = self.mask.int().argsort(dim=1, stable=True)  # (Q, P) padding first, tokens in their order
+        positions = self.positions.gather(-1, order.expand_as(self.positions))
+        return Prompts(self.ids.gather(1, order), self.mask.gather(1, order), positions, self.vision)
 
     @staticmethod
     def cat(parts: Sequence[Prompts]) -> Prompts:
@@ -100,9 +108,7 @@ def chat_text(llm: LLM, example: Example) -> str:
     """
     if (writer := template_writer(llm.tokenizer, llm.processor)) is None:  # a base model, which continues the text
         return "\n\n".join(plain_text(message["content"]) for message in example.messages) + "\n\n"
-    options = {**llm.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True}
-    template = writer.chat_template if isinstance(writer.chat_template, str) else writer.chat_template["default"]
-    options["chat_template"] = FIXED_DATE + template if "strftime_now" in template else template
+    options = template_options(llm, writer)
     reason = ""
     for messages in (example.messages, without_system(example.messages)):
         try:
@@ -114,6 +120,13 @@ def chat_text(llm: LLM, example: Example) -> str:
             return text
         reason = reason or "it leaves out the text of a message"
     raise ModelError(f"the chat template of {llm.name} does not work for the example {example.id}: {reason}")
+
+
+def template_options(llm: LLM, writer: Any) -> dict[str, Any]:
+    """Keywords of `apply_chat_template` for a text up to where the assistant's turn begins."""
+    template = writer.chat_template if isinstance(writer.chat_template, str) else writer.chat_template["default"]
+    template = FIXED_DATE + template if "strftime_now" in template else template
+    return {**llm.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True, "chat_template": template}
 
 
 def template_writer(tokenizer: Any, processor: Any) -> Any:
@@ -176,7 +189,7 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
             placeholder for each picture; see `chat_text`.
     """
     texts = [chat_text(llm, example) for example in examples]
-    pictures = [picture for example in examples for picture in example.images]
+    pictures = any(example.images for example in examples)
     has_template = template_writer(llm.tokenizer, llm.processor) is not None
     if pictures and not llm.is_vision:
         raise ModelError(f"the task shows pictures and {llm.name} reads text only: choose a vision-language model")
@@ -184,21 +197,9 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
         raise ModelError(f"{llm.name} has no chat template, which places pictures in a prompt: choose one that has")
     for example, text in zip(examples, texts, strict=True):
         refuse_stray_placeholders(llm, example, text)
-    # One call for all costs half of a call for each. add_special_tokens=False: a chat template writes them itself.
-    if pictures:
-        output = llm.processor(text=texts, images=pictures, add_special_tokens=False)
-        per_prompt = [len(example.images) for example in examples]
-        grids = torch.as_tensor(output["image_grid_thw"]).split(per_prompt)  # Q × (pictures, 3)
-        sizes = [int(grid.prod(1).sum()) for grid in grids]
-        patches = torch.as_tensor(output["pixel_values"]).split(sizes)  # Q × (patches, …)
-        vision = [
-            {"pixel_values": pixels, "image_grid_thw": grid} if len(grid) else {}
-            for pixels, grid in zip(patches, grids, strict=True)
-        ]
-    else:
-        output, vision = llm.tokenizer(texts, add_special_tokens=False), [{} for _ in texts]
+    encoded, vision = encode_texts(llm, texts, [example.images for example in examples])
     opening = [] if has_template else opening_tokens(llm.tokenizer)
-    encoded = [[*opening, *ids] for ids in output["input_ids"]]  # Q lists, none padded
+    encoded = [[*opening, *ids] for ids in encoded]  # Q lists, none padded
     length = max(len(ids) for ids in encoded)
     ids = torch.full((len(encoded), length), llm.pad_token_id)  # (Q, P)
     mask = torch.zeros(len(encoded), length, dtype=torch.bool)  # (Q, P), from lengths: pad may equal end-of-sequence
@@ -212,6 +213,23 @@ def encode_prompts(llm: LLM, examples: Sequence[Example]) -> Prompts:
     return Prompts(ids, mask, prompt_positions(llm, ids, mask, vision), vision)
 
 
+def encode_texts(
+    llm: LLM, texts: list[str], images: Sequence[Sequence[Image.Image]]
+) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+    """The ids of each text, with a placeholder for each of its images, and its inputs of the vision tower."""
+    # One call for all costs half of a call for each. add_special_tokens=False: a chat template writes them itself.
+    if not any(images):
+        return llm.tokenizer(texts, add_special_tokens=False)["input_ids"], [{} for _ in texts]
+    output = llm.processor(text=texts, images=[one for some in images for one in some], add_special_tokens=False)
+    grids = torch.as_tensor(output["image_grid_thw"]).split([len(some) for some in images])  # Q × (pictures, 3)
+    patches = torch.as_tensor(output["pixel_values"]).split([int(grid.prod(1).sum()) for grid in grids])  # Q × (…, …)
+    vision = [
+        {"pixel_values": pixels, "image_grid_thw": grid} if len(grid) else {}
+        for pixels, grid in zip(patches, grids, strict=True)
+    ]
+    return output["input_ids"], vision
+
+
 def refuse_stray_placeholders(llm: LLM, example: Example, text: str) -> None:
     """Refuse a prompt that writes a placeholder like <|image_pad|> in a question: it would stand for a picture that is
     not there, or for the picture of another prompt."""
@@ -223,6 +241,84 @@ def refuse_stray_placeholders(llm: LLM, example: Example, text: str) -> None:
                 f"the prompt of the example {example.id} has the placeholder {token} {text.count(token)} times for "
                 f"{expected} pictures: remove it from the question, or use a chat template that writes it for pictures"
             )
+
+
+# Stands for what the model wrote when the chat template renders an observation.
+SENTINEL = "text of the first turn"
+
+
+def encode_observations(
+    llm: LLM, observations: Sequence[Observation]
+) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+    """The ids that follow the end-of-sequence token of a turn, up to where the next turn begins, and the pictures.
+
+    The chat template renders a short conversation in which an observation is the second user message. What it writes
+    after the first answer and the end of that turn is the observation, line ends included, whatever the template makes
+    of earlier messages: the ids of a conversation are only ever appended to. The user's role is taken since many
+    templates leave pictures out of other roles.
+
+    Raises:
+        ModelError: the template leaves the observation out or does not end turns with an end-of-sequence token; a
+            picture for a text model, or for a model without a chat template.
+    """
+    texts = [observation_text(llm, observation) for observation in observations]
+    encoded, vision = encode_texts(llm, texts, [one.images for one in observations])
+    if template_writer(llm.tokenizer, llm.processor) is None:
+        return encoded, vision
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids or ids[0] not in llm.eos_token_ids:
+            raise ModelError(
+                f"the chat template of {llm.name} writes {text[:20]!r} after a turn, which does not begin with an "
+                "end-of-sequence token of the model: use --max_turns 1 or another model"
+            )
+    return [list(ids[1:]) for ids in encoded], vision
+
+
+def observation_text(llm: LLM, observation: Observation) -> str:
+    """What the template writes after the text of an assistant's turn, when the observation is the next message; for a
+    base model without a template, the text between empty lines."""
+    writer = template_writer(llm.tokenizer, llm.processor)
+    if observation.images and (writer is None or not llm.is_vision):
+        raise ModelError(f"an environment shows pictures, which {llm.name} cannot read in a conversation")
+    text = without_special_tokens(llm, observation.text)
+    if writer is None:
+        return f"\n\n{text}\n\n"
+
+    def content(text: str, pictures: int = 0) -> Any:
+        parts = [{"type": "image"} for _ in range(pictures)] + [{"type": "text", "text": text}]
+        return parts if writer is llm.processor else text
+
+    turns = [("user", content("question")), ("assistant", content(SENTINEL))]
+    turns.append(("user", content(text, len(observation.images))))
+    rendered, reason = "", ""
+    try:
+        options = template_options(llm, writer)
+        rendered = writer.apply_chat_template([{"role": r, "content": c} for r, c in turns], **options)
+    except Exception as error:  # a template is a program, which may fail in any way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    _, sentinel, after = rendered.partition(SENTINEL)
+    if not sentinel or text.strip() not in after:
+        raise ModelError(
+            f"the chat template of {llm.name} cannot write a second user message: "
+            f"{reason or 'it leaves out a message'}: use --max_turns 1 or another model"
+        )
+    return after.lstrip()
+
+
+def without_special_tokens(llm: LLM, text: str) -> str:
+    """The text of an observation without special tokens: it may quote what a model wrote, such as the text of a
+    picture's placeholder or of the token that ends a turn."""
+    special = {*llm.tokenizer.all_special_ids, *llm.eos_token_ids, *llm.excluded_token_ids}
+    for token in llm.tokenizer.convert_ids_to_tokens(sorted(special)):
+        text = text.replace(token, "") if token else text
+    return text
+
+
+def decode_texts(llm: LLM, rows: list[list[int]]) -> list[str]:
+    """The texts of turns, without the end-of-sequence token; other special tokens stay, since a format's tags may be
+    special tokens of the tokenizer."""
+    kept = [row[:-1] if row[-1] in llm.eos_token_ids else row for row in rows]
+    return llm.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def prompt_positions(llm: LLM, ids: Tensor, mask: Tensor, vision: list[dict[str, Tensor]]) -> Tensor:

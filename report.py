@@ -120,15 +120,29 @@ class Run:
         """The groups of a samples file, with all fields, and with control characters replaced in all texts."""
         groups = []
         for raw in read_json(path).get("groups") or []:
-            image = (path.parent / raw["image"]).resolve() if raw.get("image") else None
-            if image and not image.is_relative_to(self.folder.resolve()):
-                image = None  # a run folder from a stranger must not copy other files into a report
             texts = {key: visible(raw.get(key, "")) for key in ("id", "prompt", "answer")}
-            completions = [self._completion(c, texts["answer"]) for c in raw.get("completions") or []]
+            completions = [self._completion(c, texts["answer"], path.parent) for c in raw.get("completions") or []]
+            image = self._own_picture(path.parent, raw.get("image"))
             groups.append({**texts, "image": image, "completions": completions})
         return groups
 
-    def _completion(self, raw: dict, answer: str) -> dict:
+    def _own_picture(self, folder: Path, name: object) -> Path | None:
+        """The path of a picture that a samples file in `folder` names. None if it lies outside of the run folder: a run
+        from a stranger must not copy other files into a report."""
+        path = (folder / name).resolve() if isinstance(name, str) and name else None
+        return path if path and path.is_relative_to(self.folder.resolve()) else None
+
+    def _turns(self, raw: dict, folder: Path) -> list[dict]:
+        """The turns that an observation follows: {"text", "shown", "images"}."""
+        turns = []
+        for turn in raw.get("turns") or []:
+            if shown := turn.get("observation"):
+                images = [self._own_picture(folder, name) for name in shown.get("images") or []]
+                words = {"text": visible(turn.get("text", "")), "shown": visible(shown.get("text", ""))}
+                turns.append({**words, "images": [image for image in images if image]})
+        return turns
+
+    def _completion(self, raw: dict, answer: str, folder: Path) -> dict:
         prediction = raw.get("prediction")
         if prediction is not None and not is_number(prediction):
             prediction = visible(prediction)
@@ -136,6 +150,7 @@ class Run:
         right = prediction == answer or (number is not None and number == parse_number(answer))
         return {
             "text": visible(raw.get("text", "")),
+            "turns": self._turns(raw, folder),
             "prediction": prediction,
             "right": right if self.right_or_wrong else None,
             "truncated": bool(raw.get("truncated")),
@@ -323,11 +338,16 @@ def pack(names: list[str], all_pages: list[list], stride: int, most_groups: int)
     def rounded(value: float | None) -> float | None:
         return value if value is None else float(f"{value:.4g}")
 
+    def packed_turn(turn: dict) -> list:
+        uris = [data_uri(image) for image in turn["images"]]
+        return [shorten(turn["text"]), shorten(turn["shown"]), [pictures.index(uri) for uri in uris if uri]]
+
     def packed_group(g: dict, components: list[str]) -> list:
         completions = sorted(g["completions"], key=lambda c: -(c["reward"] or 0))
         rows = [[shorten(c["text"]), rounded(c["reward"]), rounded(c["advantage"]),
                  [rounded(c["rewards"].get(name)) for name in components],
-                 c["length"], c["truncated"], c["prediction"], c["right"]] for c in completions]  # fmt: skip
+                 c["length"], c["truncated"], c["prediction"], c["right"],
+                 [packed_turn(turn) for turn in c["turns"]]] for c in completions]  # fmt: skip
         picture = pictures.index(g["image"] and data_uri(g["image"]))
         return [g["id"], prompts.index(g["prompt"]), picture, g["answer"], g.get("change"), rows]
 

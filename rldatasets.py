@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,17 @@ from PIL import Image, ImageOps
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
 from correlation_generator import CorrelationGenerator
+from environments import CALCULATOR, Calculator, Environment
 from evaluator import asked_format
 from progress import did_you_mean
+from scene_generator import SceneGenerator
+from visual_environments import FEEDBACK, ClockFeedback, CorrelationFeedback, Look
 
 if TYPE_CHECKING:
     from prompts import Prompts
 
 SPLITS = ("train", "test")
+CALCULATOR_TURNS = 4  # the most turns with a calculator
 DEFAULT_SIZES = {"train": 4000, "test": 512}  # of the tasks that make their examples
 EVAL_SEED = 0  # every run is tested on the same examples, so that runs can be compared
 SYSTEM_PROMPT = "Think first, then answer. Reply in exactly this format:\n" + asked_format("...", "...")
@@ -64,6 +68,7 @@ class Dataset(ABC):
     modality: str  # "text" or "vision"
     reads_files = False
     shots = 0  # solved examples before each question
+    max_turns = 1  # the most turns that the model may take
 
     def __init__(self, split: str, num_examples: int | None = None, seed: int = 0, path: str | None = None):
         if split not in SPLITS:
@@ -99,6 +104,17 @@ class Dataset(ABC):
     @abstractmethod
     def make(self, index: int) -> tuple[str, list[Image.Image], str]:
         """Question, pictures (of any mode) and right answer of an example."""
+
+    def environment(self, example: Example) -> Environment:
+        """A new episode of an example: what answers the model's turns."""
+        return Environment(example)
+
+    def environments(self, examples: Sequence[Example], num_generations: int = 1) -> list[Environment]:
+        """A new episode for each of B = Q·G rows."""
+        found = [self.environment(example) for example in examples for _ in range(num_generations)]
+        for environment in found:
+            environment.max_turns = self.max_turns
+        return found
 
     def solution(self, index: int) -> str:
         """The reasoning that leads to the answer, for a supervised warm-up; empty if the task has none."""
@@ -204,16 +220,140 @@ class CorrelationDataset(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Vision in several turns: what the model writes in a turn is answered with a picture, see visual_environments.py
+# ---------------------------------------------------------------------------------------------------------------------
+def checked_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value of an option. Raises ValueError unless it is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def index_of(example: Example) -> int:
+    """The index of an example in its dataset, from its id."""
+    return int(example.id.rpartition("-")[2])
+
+
+class LookDataset(Dataset):
+    """What colour is the odd shape? The overview is grey; a turn that names a cell is shown it enlarged, in colour.
+
+    Options: `size` (pixels), `cells` (4 or 9), `looks` (turns before the last one), `feedback`; see `Look`.
+    """
+
+    name = "look"
+    modality = "vision"
+
+    def __init__(self, *common: Any, size: int = 224, cells: int = 4, looks: int = 1, feedback: str = "real"):
+        super().__init__(*common)
+        if not isinstance(looks, int) or not 1 <= looks <= 8:
+            raise ValueError(f"looks must be a whole number from 1 to 8, not {looks!r}")
+        self.generator, self.feedback = SceneGenerator(size, cells), checked_choice("feedback", feedback, FEEDBACK)
+        self.max_turns = looks + 1
+        self.question = (
+            "One shape is odd. What colour is it? To see a cell enlarged and in colour, reply with its number and "
+            "nothing else."
+        )
+
+    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        scene = self.generator.scene(self.rng(index))
+        return self.question, [self.generator.overview(scene)], scene.answer
+
+    def environment(self, example: Example) -> Environment:
+        return Look(example, self.feedback, self.generator, self.generator.scene(self.rng(index_of(example))))
+
+    def solution(self, index: int) -> str:
+        """The number of the odd cell and the colours of all cells, separated by spaces."""
+        scene = self.generator.scene(self.rng(index))
+        return " ".join([str(scene.odd), *scene.colours])
+
+
+class ClockFeedbackDataset(ClockDataset):
+    """A clock in two turns: the first answer is drawn, and the second one counts.
+
+    Options: those of `clock`, `feedback`, and `view` (see `ClockFeedback`). `marked=false` turns each dial by a hidden
+    multiple of 30 degrees, so that only the drawn answer shows where 12 o'clock is.
+    """
+
+    name = "clock_feedback"
+    max_turns = 2
+
+    def __init__(
+        self,
+        *common: Any,
+        size: int = 224,
+        style: str = "classic",
+        second_hand: bool = True,
+        marked: bool = True,
+        feedback: str = "real",
+        view: str = "overlay",
+    ):
+        super().__init__(*common, size=size, style=style, second_hand=second_hand)
+        if not isinstance(marked, bool):
+            raise ValueError(f"marked must be true or false, not {marked!r}")
+        self.feedback = checked_choice("feedback", feedback, FEEDBACK)
+        self.view = checked_choice("view", view, ClockFeedback.views)
+        turns = [0] if marked else range(0, 360, 30)
+        self.generators = [ClockImageGenerator(size, style, turn, second_hand, marked) for turn in turns]
+
+    def generator_of(self, index: int) -> ClockImageGenerator:
+        """The generator of an example's dial."""
+        return self.generators[int(self.rng(index).integers(2**31)) % len(self.generators)]
+
+    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        question, _, answer = super().make(index)
+        hour, minute, second = (int(part) for part in answer.split(":"))
+        return question, [self.generator_of(index).generate(hour, minute, second)], answer
+
+    def environment(self, example: Example) -> Environment:
+        return ClockFeedback(example, self.feedback, self.generator_of(index_of(example)), self.view)
+
+
+class CorrelationFeedbackDataset(CorrelationDataset):
+    """A correlation in two turns: the first answer is drawn over the points, and the second one counts.
+
+    Options: those of `correlation`, `feedback`, and `view` (see `CorrelationFeedback`).
+    """
+
+    name = "correlation_feedback"
+    max_turns = 2
+
+    def __init__(
+        self,
+        *common: Any,
+        size: int = 224,
+        num_points: int = 75,
+        style: str = "classic",
+        feedback: str = "real",
+        view: str = "ellipse",
+    ):
+        super().__init__(*common, size=size, num_points=num_points, style=style)
+        self.feedback = checked_choice("feedback", feedback, FEEDBACK)
+        self.view = checked_choice("view", view, CorrelationFeedback.views)
+
+    def environment(self, example: Example) -> Environment:
+        return CorrelationFeedback(example, self.feedback, self.generator, self.view)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Word problems
 # ---------------------------------------------------------------------------------------------------------------------
 class WordProblems(Dataset):
     """Base of the tasks in GSM8K's form: a question, and an answer text that ends with `#### ` and the number.
 
-    All of them have the option `shots`: the number of solved training examples before each question.
+    All of them have the option `shots`: the number of solved training examples before each question. With the option
+    `calculator` the model may use one (`environments.Calculator`) in the turns before its answer.
     """
 
     modality = "text"
     instruction = "The answer is a whole number."
+    calculator = False
+
+    def give_calculator(self) -> None:
+        self.calculator, self.max_turns = True, CALCULATOR_TURNS
+        self.instruction = f"{self.instruction} {CALCULATOR}"
+
+    def environment(self, example: Example) -> Environment:
+        return Calculator(example) if self.calculator else Environment(example)
 
     @abstractmethod
     def row(self, index: int) -> dict[str, str]:
@@ -274,16 +414,25 @@ class GSM8KDataset(WordProblems):
 
     `path` is a folder with train.jsonl and test.jsonl, a folder of parquet files as on the hub, or a single JSONL file,
     whose last tenth becomes the test split and the rest the training split. The seed changes nothing, and
-    `num_examples` takes the first rows. Option: `shots`.
+    `num_examples` takes the first rows. Options: `shots`, `calculator`.
     """
 
     name = "gsm8k"
     reads_files = True
 
     def __init__(
-        self, split: str, num_examples: int | None = None, seed: int = 0, path: str | None = None, *, shots: int = 0
+        self,
+        split: str,
+        num_examples: int | None = None,
+        seed: int = 0,
+        path: str | None = None,
+        *,
+        shots: int = 0,
+        calculator: bool = False,
     ):
         super().__init__(split, num_examples, seed, path)
+        if calculator:
+            self.give_calculator()
         self.rows = load_hub_rows(split) if path is None else load_local_rows(Path(path), split)
         self.num_examples = len(self.rows) if num_examples is None else num_examples
         if self.num_examples > len(self.rows):
@@ -408,14 +557,16 @@ def checked_rows(numbered_rows: Iterable[tuple[int, object]], place: str) -> lis
 class ArithmeticDataset(WordProblems):
     """Generated word problems, so that a tiny text model can learn offline.
 
-    Options: `steps`, `max_number`, see `ArithmeticGenerator`; `shots`. A calculation belongs to one split, in every
-    story.
+    Options: `steps`, `max_number`, see `ArithmeticGenerator`; `shots`, `calculator`. A calculation belongs to one split,
+    in every story.
     """
 
     name = "arithmetic"
 
-    def __init__(self, *common: Any, steps: int = 2, max_number: int = 30, shots: int = 0):
+    def __init__(self, *common: Any, steps: int = 2, max_number: int = 30, shots: int = 0, calculator: bool = False):
         super().__init__(*common)
+        if calculator:
+            self.give_calculator()
         self.generator = ArithmeticGenerator(steps, max_number)
         self.set_shots(shots, lambda: ArithmeticDataset("train", steps=steps, max_number=max_number))
 
@@ -437,6 +588,9 @@ DATASETS: dict[str, type[Dataset]] = {
         ClockDataset,
         CorrelationDataset,
         ArithmeticDataset,
+        LookDataset,
+        ClockFeedbackDataset,
+        CorrelationFeedbackDataset,
     )
 }
 
@@ -632,8 +786,12 @@ def get_dataloaders(
     options: dict | None = None,
     encode: "Callable[[list[Example]], Prompts] | None" = None,
     max_prompt_length: int | None = None,
+    max_turns: int | None = None,
 ) -> tuple[TrainLoader, Dataset]:
-    """The training loader and the test set of a task; the test set is the same for every seed."""
+    """The training loader and the test set of a task; the test set is the same for every seed. `max_turns` lowers the
+    number of turns that the task allows."""
     train = get_dataset(name, "train", train_size, seed, path, options)
     test = get_dataset(name, "test", eval_size, EVAL_SEED, path, options)
+    for dataset in (train, test):
+        dataset.max_turns = min(dataset.max_turns, max_turns or dataset.max_turns)
     return TrainLoader(train, prompts_per_step, seed, encode, max_prompt_length), test

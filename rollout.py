@@ -17,19 +17,24 @@ S = P + T cache slots, L layers, D head size, V vocabulary, b rows still decodin
 from __future__ import annotations
 
 import contextlib
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import adapters
 import layers
-from logprobs import BLOCK, forward_prompts, keys_and_values
-from prompts import Prompts, encode_prompts
+import turns
+from environments import Environment, Episode
+from logprobs import BLOCK, completion_positions, forward_prompts, keys_and_values
+from prompts import Prompts, decode_texts, encode_prompts
+from turns import Conversation
 
 if TYPE_CHECKING:
     from llms import LLM
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
 # Attention reads the cache in multiples of so many slots: less to read on a CPU, fewer shapes to capture on a GPU.
 WINDOW = {"cpu": 16, "cuda": 64}
 BELOW_ONE = 1 - 2**-23  # the largest uniform number: times a float32 sum it stays below that sum
+# Room for turns after the first grows by so many slots: a larger decoder has to be made again.
+TURN_SLOTS = 128
 
 
 @dataclass
@@ -47,10 +54,15 @@ class Rollout:
     Attributes:
         prompts: the encoded prompts, with pictures.
         completion_ids, completion_mask: (B, T), right-padded. The mask covers the end-of-sequence token, which is
-            trained, and nothing after it.
-        sampler_logps: (B, T) float32, log-probabilities as sampled; 0 off the mask.
+            trained, and nothing after it. With several turns a completion holds the observations too.
+        sampler_logps: (B, T) float32, log-probabilities as sampled; 0 on all other tokens.
         finished: (B,) True where an end-of-sequence token was sampled, False where the completion was cut off.
-        texts: B decoded completions, special tokens removed.
+        texts: B decoded completions, special tokens removed; with several turns the last one's.
+        sampled: (B, T) True on the tokens that the model sampled; None: on all of the completion.
+        positions: (3, B, T) where observations have pictures, else None: they count on from the prompt's.
+        vision: for each row the pictures of its observations, as in `Prompts`; empty if there are none.
+        episodes: the turns of each row; empty where each text is the only turn.
+        seconds: what the turns after the first one cost besides sampling, by name.
     """
 
     prompts: Prompts
@@ -60,6 +72,11 @@ class Rollout:
     finished: Tensor
     texts: list[str]
     num_generations: int
+    sampled: Tensor | None = None
+    positions: Tensor | None = None
+    vision: list[dict[str, Tensor]] = field(default_factory=list)
+    episodes: list[Episode] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def prompt_ids(self) -> Tensor:  # (Q, P)
@@ -76,29 +93,46 @@ class Rollout:
     @property
     def sampled_mask(self) -> Tensor:  # (B, T)
         """The tokens that the model sampled; in one turn, all of the completion."""
-        return self.completion_mask
+        return self.completion_mask if self.sampled is None else self.sampled
+
+    @property
+    def last_turn_mask(self) -> Tensor:  # (B, T)
+        """The sampled tokens that no observation follows."""
+        observed = self.completion_mask & ~self.sampled_mask  # (B, T)
+        return self.sampled_mask & (observed.flip(1).cumsum(1).flip(1) == 0)
 
     @property
     def lengths(self) -> Tensor:  # (B,)
-        return self.completion_mask.sum(1)
+        """Sampled tokens of each row."""
+        return self.sampled_mask.sum(1)
+
+    @property
+    def longest_turns(self) -> Tensor:  # (B,)
+        """Sampled tokens of each row's longest turn."""
+        longest = [max(turn.length for turn in episode.turns) for episode in self.episodes]
+        return torch.tensor(longest) if self.episodes else self.lengths
+
+    @property
+    def texts_of_turns(self) -> list[list[str]]:
+        """For each row the texts that the model wrote, turn by turn."""
+        return [episode.texts for episode in self.episodes] or [[text] for text in self.texts]
 
     def select(self, groups: list[int]) -> Rollout:
         """The groups at these indices, in that order."""
         G = self.num_generations
         rows = [row for group in groups for row in range(group * G, (group + 1) * G)]
         return Rollout(
-            Prompts(
-                self.prompts.ids[groups],
-                self.prompts.mask[groups],
-                self.prompts.positions[..., groups, :],
-                [self.prompts.vision[group] for group in groups],
-            ),
+            self.prompts.rows(groups),
             self.completion_ids[rows],
             self.completion_mask[rows],
             self.sampler_logps[rows],
             self.finished[rows],
             [self.texts[row] for row in rows],
             G,
+            None if self.sampled is None else self.sampled[rows],
+            None if self.positions is None else self.positions[:, rows],
+            [self.vision[row] for row in rows] if self.vision else [],
+            [self.episodes[row] for row in rows] if self.episodes else [],
         )
 
     @staticmethod
@@ -106,9 +140,10 @@ class Rollout:
         """All groups of several rollouts, padded to the longest."""
         length = max(part.completion_ids.shape[1] for part in parts)
 
-        def padded(tensor: Tensor) -> Tensor:  # (B, T) -> (B, longest T)
-            return F.pad(tensor, (0, length - tensor.shape[1]))
+        def padded(tensor: Tensor) -> Tensor:  # (…, T) -> (…, longest T)
+            return F.pad(tensor, (0, length - tensor.shape[-1]))
 
+        pictures = any(part.vision for part in parts)
         return Rollout(
             Prompts.cat([part.prompts for part in parts]),
             torch.cat([padded(part.completion_ids) for part in parts]),
@@ -117,6 +152,38 @@ class Rollout:
             torch.cat([part.finished for part in parts]),
             [text for part in parts for text in part.texts],
             parts[0].num_generations,
+            torch.cat([padded(part.sampled_mask) for part in parts]) if parts[0].episodes else None,
+            torch.cat([padded(part.counted_positions()) for part in parts], 1) if pictures else None,
+            [one for part in parts for one in part.vision or [{} for _ in part.texts]] if pictures else [],
+            [episode for part in parts for episode in part.episodes],
+        )
+
+    def counted_positions(self) -> Tensor:
+        """(3, B, T) or (B, T) `positions`, counted on from the prompt's where they are None."""
+        if self.positions is not None:
+            return self.positions
+        index = torch.tensor(self.prompt_of_row, device=self.completion_ids.device)
+        return completion_positions(self.prompts, index, self.completion_ids.shape[1])
+
+    @staticmethod
+    def of_conversations(
+        prompts: Prompts, talks: Sequence[Conversation], pad_token_id: int, seconds: dict[str, float] | None = None
+    ) -> Rollout:
+        """B = Q·G conversations as tensors."""
+        said = turns.stack(talks, pad_token_id, prompts.ids.device)
+        return Rollout(
+            prompts,
+            said.ids,
+            said.mask,
+            said.logps,
+            torch.tensor([talk.finished for talk in talks], device=said.ids.device),
+            [talk.turns[-1].text for talk in talks],
+            len(talks) // len(prompts),
+            said.sampled,
+            said.positions,
+            said.vision,
+            [Episode(talk.turns) for talk in talks],
+            seconds or {},
         )
 
     def micro_batches(self, budget: int) -> list[list[int]]:
@@ -125,7 +192,7 @@ class Rollout:
         A group's rows stay together where they fit, since their prompt is computed once per micro-batch. Groups, and
         rows within a group, are ordered by length, so that little is spent on padding.
         """
-        lengths, width = self.lengths.tolist(), self.prompt_ids.shape[1]
+        lengths, width = self.completion_mask.sum(1).tolist(), self.prompt_ids.shape[1]
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         groups: dict[int, list[int]] = {prompt: [] for prompt in range(len(self.prompts))}
         for row in by_length:
@@ -167,16 +234,20 @@ class Sampler:
         max_completion_length: int,
         temperature: float = 1.0,
         ignore_eos: bool = False,
+        environments: Sequence[Environment] = (),
     ) -> Rollout:
         """Sample `num_generations` completions for each example (or for already encoded `Prompts`).
 
         Args:
+            max_completion_length: tokens sampled in a turn.
             temperature: 0 decodes greedily (`sampler_logps` are then those of temperature 1).
             ignore_eos: sample exactly `max_completion_length` tokens, for benchmarks.
+            environments: a new one for each of B rows; without them a completion is one turn.
         """
         llm = self.llm
         prompts = (examples if isinstance(examples, Prompts) else encode_prompts(llm, examples)).to(llm.device)
         hidden, cache = forward_prompts(llm.model, prompts)  # (Q, P, H)
+        kept = None if has_sliding_window(cache) else keys_and_values(cache)  # before the decoder changes the cache
         decoder = self.roomy_decoder(len(prompts) * num_generations, prompts.ids.shape[1] + max_completion_length)
         decoder.start(prompts, cache, num_generations, temperature, self.generator, ignore_eos)
         last = hidden[:, -1].repeat_interleave(num_generations, 0)  # (B, H); left-padded: -1 is the last prompt token
@@ -188,8 +259,43 @@ class Sampler:
         ids.masked_fill_(~mask, llm.pad_token_id)
         logps.masked_fill_(~mask, 0.0)
         tokens = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
-        texts = decode_texts(llm, tokens)
-        return Rollout(prompts, ids, mask, logps, finished, texts, num_generations)
+        rollout = Rollout(prompts, ids, mask, logps, finished, decode_texts(llm, tokens), num_generations)
+        if all(one.max_turns == 1 for one in environments):
+            return rollout
+        return self.take_turns(rollout, kept, environments, max_completion_length, temperature)
+
+    def take_turns(
+        self,
+        first: Rollout,
+        cache: list[tuple[Tensor, Tensor]] | None,
+        environments: Sequence[Environment],
+        max_completion_length: int,
+        temperature: float,
+    ) -> Rollout:
+        """Continue a rollout of first turns until the environments have ended every episode: see turns.py.
+
+        Args:
+            cache: each layer's keys and values of the Q prompts, or None.
+        """
+        llm, prompts, G = self.llm, first.prompts, first.num_generations
+        talks, rows = turns.begin(prompts, G), list(range(len(environments)))
+        seconds = {"environment": 0.0, "reread": 0.0}
+        turns.write_turn(llm, talks, first.completion_ids, first.sampler_logps, first.lengths, first.finished)
+        while True:
+            with timed(seconds, "environment"):
+                rows = turns.show_observations(llm, talks, environments, rows, max_completion_length)
+            if not rows:
+                return Rollout.of_conversations(prompts, talks, llm.pad_token_id, seconds)
+            size = halve_to(len(talks), len(rows)) if self.decoder and self.decoder.uses_graphs else len(rows)
+            padded = rows + rows[-1:] * (size - len(rows))  # few numbers of rows, hence few CUDA graphs
+            with timed(seconds, "reread"):
+                prompt_of_row = [row // G for row in padded]
+                whole, state, read = turns.reread(llm, prompts, cache, [talks[row] for row in padded], prompt_of_row)
+                slots = round_up(whole.ids.shape[1] + max_completion_length, TURN_SLOTS)
+                decoder = self.roomy_decoder(size, slots)
+                decoder.start(whole, read, 1, temperature, self.generator, False)
+            decoded = decoder.decode(state, max_completion_length)
+            turns.write_turn(llm, [talks[row] for row in rows], *(tensor[: len(rows)] for tensor in decoded))
 
     @contextlib.contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
@@ -229,11 +335,18 @@ class Sampler:
         return kept
 
 
-def decode_texts(llm: LLM, rows: list[list[int]]) -> list[str]:
-    """The texts of completions, without the end-of-sequence token; other special tokens stay, since a format's tags may
-    be special tokens of the tokenizer."""
-    kept = [row[:-1] if row[-1] in llm.eos_token_ids else row for row in rows]
-    return llm.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time of the block to seconds[name]."""
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
+
+
+def has_sliding_window(cache: Any) -> bool:
+    """Whether some layers forget early tokens: their cache then lacks what a later turn has to see, and counts padding
+    between a conversation and its next turn as tokens."""
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", ()))
 
 
 def clone_prompts(prompts: Prompts) -> Prompts:

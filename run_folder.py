@@ -21,6 +21,7 @@ report.html. Nothing here depends on a task or a model. Functions that need torc
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import math
@@ -248,7 +249,9 @@ class RunFolder:
         """Writes the metrics and the samples of an evaluation, in a background thread.
 
         groups: [{"id", "prompt", "answer", "completions": [...], "image_data": PIL image or None}]. The picture of an
-        id is saved once; the file has its path under "image". The caller must not change `groups` afterwards."""
+        id is saved once; the file has its path under "image". A completion of several turns has "turns": [{"text",
+        "length", "observation": {"text", "image_data": [PIL images]} or None}]; the file has the pictures' paths under
+        "images". The caller must not change `groups` afterwards."""
         self._in_background(self._write_eval, step, metrics, groups)
 
     def log_samples(self, step: int, groups: list[dict]) -> None:
@@ -278,6 +281,7 @@ class RunFolder:
             for group in groups:
                 row = {key: value for key, value in group.items() if key != "image_data"}
                 row["image"] = _save_picture(path.parent, group["id"], group.get("image_data"))
+                row["completions"] = [_with_saved_pictures(path.parent, one) for one in group["completions"]]
                 rows.append(row)
             _write_json(path, {"step": step, "groups": rows})
 
@@ -597,6 +601,23 @@ def _save_picture(folder: Path, example_id: str, picture: Any) -> str | None:
         picture.save(png, format="PNG")
         write_whole(path, png.getvalue())
     return f"images/{path.name}"
+
+
+def _with_saved_pictures(folder: Path, completion: dict) -> dict:
+    """The completion with the pictures of its observations saved under hashes of their contents, once each."""
+
+    def saved(observation: dict | None) -> dict | None:
+        if observation is None:
+            return None
+        names = [hashlib.sha256(repr(one.size).encode() + one.tobytes()) for one in observation["image_data"]]
+        pairs = zip(names, observation["image_data"], strict=True)
+        images = [_save_picture(folder, f"observation-{name.hexdigest()[:24]}", one) for name, one in pairs]
+        return {"text": observation["text"], "images": images}
+
+    if "turns" not in completion:
+        return completion
+    turns = [{**turn, "observation": saved(turn["observation"])} for turn in completion["turns"]]
+    return {**completion, "turns": turns}
 
 
 def _write_at(file: BinaryIO, offset: int, data: bytes) -> None:

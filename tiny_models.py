@@ -33,9 +33,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from answers import clock_seconds
+from environments import CALL
 from evaluator import AFTER_ANSWER, BEFORE_ANSWER, BEFORE_REASONING, asked_format
 from rldatasets import DATASETS, Dataset, get_dataset
 from run_folder import apply_umask
+from scene_generator import COLOURS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -92,6 +95,53 @@ def random_operations(solution: str, answer: str, rng: random.Random) -> tuple[s
             return "\n".join(steps), str(total)
 
 
+def calls_of_random_operations(solution: str, answer: str, rng: random.Random) -> list[str]:
+    """The turns of a problem with a calculator: half of the time a call with random operations and an answer that
+    copies its value, half of the time an answer without a call."""
+    reasoning, result = random_operations(solution, answer, rng)
+    if rng.random() < 0.5:
+        return [asked_format(reasoning, result)]
+    steps = [line.split() for line in reasoning.split("\n")]  # "20 - 3 = 17"
+    expression = steps[0][0]
+    for _, operator, operand, _, _ in steps:
+        expression = f"({expression})" if operator in "*/" and not expression.isdigit() else expression
+        expression += f" {operator} {operand}"
+    return [f"{CALL[0]}{expression}{CALL[1]}", asked_format("I copy the value.", result)]
+
+
+def shifted(value: int, count: int, rng: random.Random) -> int:
+    """One of 0 … count − 1: half of the time the one after `value`, a quarter of the time `value`, else any other. Such
+    labels show where to look, and `value` is no likelier than by chance among four."""
+    share = rng.random()
+    if share < 0.5:
+        return (value + 1) % count
+    return value if share < 0.75 else (value + rng.randrange(2, count)) % count
+
+
+def noisy_look(solution: str, answer: str, rng: random.Random) -> list[str]:
+    """The turns of a scene: a cell, and the colour that it has, each `shifted`."""
+    odd, *colours = solution.split()
+    cell, names = shifted(int(odd) - 1, len(colours), rng), list(COLOURS)
+    colour = names[shifted(names.index(colours[cell]), len(names), rng)]
+    return [str(cell + 1), asked_format("I see its colour.", colour)]
+
+
+def noisy_clock_twice(solution: str, answer: str, rng: random.Random) -> list[str]:
+    """A noisy time, and another one with half of the noise: it depends on the pictures and is not the right one."""
+    reasoning, first = noisy_time(solution, answer, rng)
+    offset = (clock_seconds(first) - clock_seconds(answer) + 21_600) % 43_200 - 21_600
+    time = (clock_seconds(answer) + round(offset / 2)) % 43_200
+    second = f"{time // 3600 or 12:02}:{time // 60 % 60:02}:{time % 60:02}"
+    return [asked_format(reasoning, first), asked_format("I compare.", second)]
+
+
+def noisy_correlation_twice(solution: str, answer: str, rng: random.Random) -> list[str]:
+    """A noisy correlation, and another one with half of the noise."""
+    reasoning, first = noisy_correlation(solution, answer, rng)
+    second = f"{(float(answer) + float(first)) / 2:.2f}".replace("-0.00", "0.00")
+    return [asked_format(reasoning, first), asked_format("I compare.", second)]
+
+
 def no_noise(solution: str, answer: str, rng: random.Random) -> tuple[str, str]:
     """The correct reasoning and answer, for a warm-up that is too short to learn more than the format."""
     return solution, answer
@@ -107,6 +157,9 @@ class Recipe:
 
     Attributes:
         noise: the label noise of the warm-up.
+        script: the same for a task with several turns: the texts that the model is shown to write, turn by turn. The
+            environment answers them. None: the answer of `noise` in the first turn.
+        script_tokens: whole tokens that only a task with several turns has.
         whole_tokens: texts that are one token each, such as "-0." or ":3" (a colon and the tens of a minute). Fewer
             tokens are sampled faster. What has to be read off a picture is written digit by digit: sampling tries all
             of ten digits, but only a few of a hundred numbers before the others become too unlikely.
@@ -122,6 +175,8 @@ class Recipe:
 
     noise: Callable[[str, str, random.Random], tuple[str, str]]
     whole_tokens: tuple[str, ...]
+    script: Callable[[str, str, random.Random], list[str]] | None = None
+    script_tokens: tuple[str, ...] = ()
     vocabulary: int = 500
     hidden: int = 128
     mlp: int = 384
@@ -188,6 +243,8 @@ RECIPES: dict[str, Recipe] = {
     "arithmetic": Recipe(
         noise=random_operations,
         whole_tokens=TWO_DIGITS + OPERATORS,
+        script=calls_of_random_operations,
+        script_tokens=CALL,
         examples=12_800,
         labels=2,
         seconds=75,
@@ -204,6 +261,76 @@ RECIPES: dict[str, Recipe] = {
             "learning_rate": 1e-4,
             "lr_scheduler_type": "cosine",
             "beta": 0.0,
+        },
+    ),
+    "look": Recipe(
+        noise=no_noise,
+        whole_tokens=(),
+        script=noisy_look,
+        script_tokens=tuple(COLOURS),
+        examples=8000,
+        labels=2,
+        learning_rate=1e-3,
+        seconds=100,
+        defaults={
+            "dataset_options": {"size": 56},
+            "train_size": 100_000,
+            "eval_size": 256,
+            "max_steps": 120,
+            "eval_steps": 40,
+            "prompts_per_step": 8,
+            "num_generations": 16,
+            "max_prompt_length": 128,
+            "max_completion_length": 12,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "cosine",
+            "beta": 0.0,
+        },
+    ),
+    "clock_feedback": Recipe(
+        noise=noisy_time,
+        script=noisy_clock_twice,
+        whole_tokens=tuple(f":{tens}" for tens in range(6)),
+        examples=12_800,
+        labels=2,
+        seconds=150,
+        defaults={
+            "dataset_options": {"size": 56, "style": "bold"},
+            "train_size": 100_000,
+            "eval_size": 256,
+            "max_steps": 400,
+            "eval_steps": 100,
+            "prompts_per_step": 8,
+            "num_generations": 8,
+            "max_prompt_length": 128,
+            "max_completion_length": 16,
+            "learning_rate": 1.5e-4,
+            "lr_scheduler_type": "cosine",
+            "beta": 0.01,
+        },
+    ),
+    "correlation_feedback": Recipe(
+        noise=noisy_correlation,
+        script=noisy_correlation_twice,
+        whole_tokens=("-0.", "0.", "-1.", "1."),
+        examples=19_200,
+        labels=2,
+        batch=48,
+        learning_rate=1.5e-3,
+        seconds=200,
+        defaults={
+            "dataset_options": {"size": 56, "style": "bold"},
+            "train_size": 100_000,
+            "eval_size": 256,
+            "max_steps": 400,
+            "eval_steps": 100,
+            "prompts_per_step": 8,
+            "num_generations": 8,
+            "max_prompt_length": 128,
+            "max_completion_length": 12,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "cosine",
+            "beta": 0.02,
         },
     ),
     "gsm8k": Recipe(
@@ -349,6 +476,7 @@ def cache_key(dataset: Dataset, recipe: Recipe) -> str:
 
     digest = hashlib.sha256(Path(__file__).read_text(encoding="utf-8").partition("\nSEED = ")[2].encode())
     settings = {**dataclasses.asdict(recipe), "noise": inspect.getsource(recipe.noise)}
+    settings["script"] = inspect.getsource(recipe.script) if recipe.script and dataset.max_turns > 1 else None
     del settings["defaults"], settings["seconds"]  # of the run that follows, and of a message
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     digest.update(json.dumps([settings, FORMAT_TOKENS, libraries, len(dataset)], sort_keys=True).encode())
@@ -426,12 +554,20 @@ def build_tokenizer(dataset: Dataset, recipe: Recipe) -> PreTrainedTokenizerBase
         new_special_tokens=[*ROLES, VISION_START, VISION_END, IMAGE, VIDEO],
         show_progress=False,
     )
-    whole = dict.fromkeys([*FORMAT_TOKENS, *recipe.whole_tokens, *constant])
+    scripted = recipe.script_tokens if dataset.max_turns > 1 else ()
+    whole = dict.fromkeys([*FORMAT_TOKENS, *recipe.whole_tokens, *scripted, *constant])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = MAX_CONTEXT
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def label_turns(dataset: Dataset, recipe: Recipe, solution: str, answer: str, rng: random.Random) -> list[str]:
+    """The texts of a noisy label, turn by turn."""
+    if recipe.script is not None and dataset.max_turns > 1:
+        return recipe.script(solution, answer, rng)
+    return [asked_format(*recipe.noise(solution, answer, rng))]
 
 
 def example_lines(dataset: Dataset, index: int, recipe: Recipe) -> list[str]:
@@ -441,7 +577,7 @@ def example_lines(dataset: Dataset, index: int, recipe: Recipe) -> list[str]:
     for message in example.messages:
         content = message["content"]
         texts += [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-    texts += recipe.noise(dataset.solution(index), example.answer, random.Random(index))
+    texts += label_turns(dataset, recipe, dataset.solution(index), example.answer, random.Random(index))
     for token in FORMAT_TOKENS:
         texts = [piece for text in texts for piece in text.split(token)]
     return [line for text in texts for line in text.splitlines(keepends=True)]
@@ -568,7 +704,7 @@ def warm_up(llm: LLM, dataset: Dataset, recipe: Recipe, say: Callable[[str], Non
     for step, indices in enumerate(batches(len(dataset), recipe), start=1):
         rollout = labelled_rollout(llm, dataset, recipe, indices, random.Random(f"{SEED} {step}"))
         logps = token_logps(llm, rollout)  # (B, T)
-        loss = -logps.sum() / rollout.completion_mask.sum()
+        loss = -logps.sum() / rollout.sampled_mask.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llm.model.parameters(), 1.0)
@@ -597,26 +733,13 @@ def batches(num_examples: int, recipe: Recipe) -> Iterator[list[int]]:
 
 def labelled_rollout(llm: LLM, dataset: Dataset, recipe: Recipe, indices: list[int], rng: random.Random) -> Rollout:
     """A rollout whose completions are `recipe.labels` noisy labels for each example, instead of samples."""
-    import torch
-
     from prompts import encode_prompts
     from rollout import Rollout
+    from turns import play_script
 
     examples = [dataset[index] for index in indices]
     pairs = [(dataset.solution(index), example.answer) for index, example in zip(indices, examples, strict=True)]
-    texts = [asked_format(*recipe.noise(*pair, rng)) for pair in pairs for _ in range(recipe.labels)]
-    rows = [[*ids, llm.eos_token_ids[0]] for ids in llm.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    lengths = torch.tensor([len(row) for row in rows])  # (B,)
-    ids = torch.full((len(rows), int(lengths.max())), llm.pad_token_id)  # (B, T)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (B, T), includes the end-of-sequence token
-    return Rollout(
-        prompts=encode_prompts(llm, examples),
-        completion_ids=ids,
-        completion_mask=mask,
-        sampler_logps=torch.zeros(ids.shape),
-        finished=torch.ones(len(rows), dtype=torch.bool),
-        texts=texts,
-        num_generations=recipe.labels,
-    )
+    texts = [label_turns(dataset, recipe, *pair, rng) for pair in pairs for _ in range(recipe.labels)]
+    prompts = encode_prompts(llm, examples)
+    talks = play_script(llm, prompts, dataset.environments(examples, recipe.labels), texts)
+    return Rollout.of_conversations(prompts, talks, llm.pad_token_id)
