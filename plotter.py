@@ -81,7 +81,8 @@ TITLES = {  # metric -> title, unit; "%" is a share in [0, 1], drawn times 100
     "tokens_per_second": ("Speed", "tokens/s"),
     "peak_memory_gb": ("Peak memory", "GB"),
 }
-UNITS = {r"fraction|accuracy|within|share|@|^(improved|harmed|copied)$": "%", r"_minutes$": "min", r"^seconds": "s", r"_gb$": "GB",
+UNITS = {r"fraction|accuracy|within|share|@|^(improved|harmed|copied)$": "%",
+         r"_minutes$": "min", r"^seconds": "s", r"_gb$": "GB",
          r"^rewards/": "points"}  # fmt: skip
 CHARTS = {  # charts of several panels: file name -> title, metrics
     "rewards": ("Reward by component", [r"rewards/.*"]),

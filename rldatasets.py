@@ -557,8 +557,8 @@ def checked_rows(numbered_rows: Iterable[tuple[int, object]], place: str) -> lis
 class ArithmeticDataset(WordProblems):
     """Generated word problems, so that a tiny text model can learn offline.
 
-    Options: `steps`, `max_number`, see `ArithmeticGenerator`; `shots`, `calculator`. A calculation belongs to one split,
-    in every story.
+    Options: `steps`, `max_number`, see `ArithmeticGenerator`; `shots`; `calculator`. A calculation belongs to one
+    split, in every story.
     """
 
     name = "arithmetic"

@@ -10,11 +10,12 @@ from rldatasets import DATASETS
 
 TYPED = (
     *("main", "config", "evaluator", "rldatasets", "rollout", "prompts", "logprobs", "optimizer", "run", "batch"),
-    *("progress", "model_checks", "number_checks", "answers", "llms", "layers", "adapters"),
+    *("progress", "model_checks", "number_checks", "answers", "llms", "layers", "adapters", "one_step"),
+    *("turns", "environments", "visual_environments", "scene_generator"),
 )
 WITHOUT_TASKS = (
     *("main", "llms", "prompts", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers"),
-    "adapters",
+    *("adapters", "turns"),
 )
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
