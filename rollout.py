@@ -572,9 +572,8 @@ class FusedDecoder(Decoder):
     def start(self, prompts: Prompts, *args: Any) -> None:
         first = self.text_model.layers[-1].self_attn.q_proj.weight
         if self.fused and (adapters.has_adapters(self.llm.model) or first.data_ptr() != self.fused[-1][0].data_ptr()):
-            self.fused = fused_weights(
-                self.text_model.layers
-            )  # since then the model was moved or its parameters were replaced
+            # Since then the model was moved, its parameters were replaced, or it was given adapters.
+            self.fused = fused_weights(self.text_model.layers)
             self.graphs.clear()
         super().start(prompts, *args)
 
@@ -582,7 +581,7 @@ class FusedDecoder(Decoder):
         """As above. Packed copies of the weights live until its end: the next update makes them stale, and the loss
         needs their memory."""
         self.products = fused_layers(self.text_model.layers, self.fused)
-        self.head = layers.product(self.llm.model.get_output_embeddings().weight)  # type: ignore[method-assign]
+        self.head = layers.product(self.llm.model.get_output_embeddings().weight)  # type: ignore
         try:
             return super().decode(*args)
         finally:
@@ -656,9 +655,9 @@ def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | 
     return fused
 
 
-def fused_layers(decoder_layers: Sequence[Any], fused: list) -> list[layers.FusedLayer]:
-    """The products of a decode step for each layer, with the tensors of `fused_weights`."""
-    return [
+def fused_layers(decoder_layers: Sequence[Any], fused: list | None) -> list[layers.FusedLayer] | None:
+    """The products of a decode step for each layer, with the tensors of `fused_weights`; None without them."""
+    return fused and [
         layers.FusedLayer(
             layers.product(qkv, bias),
             product_of(layer.self_attn.o_proj),
