@@ -340,8 +340,8 @@ def refuse_unfit_model(config: Config, llm: LLM, train_set: Dataset, test_set: D
         ModelError: as `refuse_unfit_config`; a test set without a prompt of at most --max_prompt_length tokens; a
             question from a file that has a placeholder of pictures.
     """
-    refuse_unfit_config(config, test_set, llm.model.config, llm.name)
     for dataset in (train_set, test_set):
+        refuse_unfit_config(config, dataset, llm.model.config, llm.name)
         if llm.is_vision and dataset.modality == "text" and dataset.reads_files:  # else none, or slow
             for index in range(len(dataset)):
                 refuse_stray_placeholders(llm, dataset[index], chat_text(llm, dataset[index]))
