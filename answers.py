@@ -254,3 +254,30 @@ def clock_seconds(time: object) -> int | None:
     """Seconds on a 12-hour dial, 0 to 43,199, of an "HH:MM:SS"; None for anything else."""
     match = re.fullmatch(r"([0-9]{1,2}):([0-9]{2}):([0-9]{2})", time) if isinstance(time, str) else None
     return (int(match[1]) * 3600 + int(match[2]) * 60 + int(match[3])) % 43200 if match else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choices and texts
+# ---------------------------------------------------------------------------------------------------------------------
+# A capital from A to J that stands alone; "A dog" and "I think" have a word after it, other
+# than "A or B". Or a small letter with nothing else.
+CHOICE = re.compile(r"(?<![\w'])[A-J](?![\w'])(?! (?!or |and )[a-z])|\A[(\[]?[a-j][)\].:]?\Z")
+LINE = re.compile(r"\S[^\n]*")
+LONGEST_LINE = 1000  # characters; a longer line is no answer
+PLAIN_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[0-9]+/[0-9]+)")
+MARKS = " \t.,;:!?\"'`*_()[]{}"  # around a text
+
+
+def is_plain_number(text: str) -> bool:
+    """Whether a text is a whole number, a decimal or a fraction in digits, and nothing else."""
+    return PLAIN_NUMBER.fullmatch(text.translate(TYPOGRAPHY)) is not None
+
+
+def read_line(match: re.Match[str]) -> str | None:
+    """What `LINE` found in small letters, with single blanks, without punctuation around it; None if nothing is left or
+    if it is too long."""
+    line = match[0]
+    if len(line) > LONGEST_LINE:
+        return None
+    words = unicodedata.normalize("NFKC", line).casefold().split()
+    return " ".join(words).strip(MARKS) or None

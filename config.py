@@ -111,7 +111,9 @@ class Config:
         "Qwen/Qwen2.5-1.5B-Instruct", "a model on the hub, a local folder, or `tiny`", section="Model and task"
     )
     dataset_name: str = flag("gsm8k", f"the task: {', '.join(DATASETS)}")
-    dataset_path: str | None = flag(None, "local data for a task that reads files: a folder or a JSONL file")
+    dataset_path: str | None = flag(
+        None, "data for a task that reads files: a folder or a file; for jsonl also a data set of the hub"
+    )
     dataset_options: dict = flag(
         None, "options of the task, such as style=bold size=56", nargs="*", metavar="KEY=VALUE"
     )

@@ -22,9 +22,9 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -164,6 +164,11 @@ class RewardEvaluator(ABC):
         found = self._find(text)
         return self.value(found[0]) if len(found) == 1 else None
 
+    def canonical(self, answer: str) -> str | None:
+        """A right answer from someone's data as it is written plainly; None if it is unreadable."""
+        found = self.parse_answer(answer)
+        return None if found is None else str(found)
+
     def predict(self, text: str) -> Answer:
         """The lenient reading: the last answer in the answer block or, without one, the last in the text."""
         return self.parse(text).prediction
@@ -279,33 +284,15 @@ class RewardEvaluator(ABC):
             raise RewardError(f"{what} the task {self.task!r} failed{place}: {error!r}") from error
 
 
-class ExactNumberEvaluator(RewardEvaluator):
-    """Numbers that are right or wrong, with the five reward components usual for GSM8K."""
+class ExactEvaluator(RewardEvaluator):
+    """Answers that are right or wrong."""
 
-    components: ClassVar = {
-        "correctness": 2.0,
-        "integer": 0.5,
-        "strict_format": 0.5,
-        "loose_format": 0.5,
-        "tag_count": 0.5,
-    }
     headline = Headline("accuracy", "accuracy", "%", lower_is_better=False, chance=None)
     right_or_wrong = True
-    answer_pattern = reading.NUMBER
-    gold = "72"
-
-    def value(self, match: re.Match[str]) -> str | None:
-        """The number as a plain decimal, "1080" or "-2.5", or as a fraction, "1/3"."""
-        value = reading.read_number(match)
-        return None if value is None else reading.write_number(value)
 
     def correctness(self, completion: Completion, gold: Answer) -> float:
-        """The answer block holds the right number and no other."""
+        """The answer block holds the right answer and no other."""
         return completion.strict_prediction is not None and completion.strict_prediction == gold
-
-    def integer(self, completion: Completion, gold: Answer) -> float:
-        """The answer block is one whole number, right or wrong, and nothing else."""
-        return completion.strict_prediction is not None and reading.is_integer(completion.tagged or "")
 
     def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
         """`accuracy` of the lenient readings; `accuracy_strict`: right and in exactly the asked format."""
@@ -316,6 +303,29 @@ class ExactNumberEvaluator(RewardEvaluator):
             "accuracy_strict": sum(strict) / n,
             "format_fraction": sum(c.strict_format for c in completions) / n,
         }
+
+
+class ExactNumberEvaluator(ExactEvaluator):
+    """Numbers that are right or wrong, with the five reward components usual for GSM8K."""
+
+    components: ClassVar = {
+        "correctness": 2.0,
+        "integer": 0.5,
+        "strict_format": 0.5,
+        "loose_format": 0.5,
+        "tag_count": 0.5,
+    }
+    answer_pattern = reading.NUMBER
+    gold = "72"
+
+    def value(self, match: re.Match[str]) -> str | None:
+        """The number as a plain decimal, "1080" or "-2.5", or as a fraction, "1/3"."""
+        value = reading.read_number(match)
+        return None if value is None else reading.write_number(value)
+
+    def integer(self, completion: Completion, gold: Answer) -> float:
+        """The answer block is one whole number, right or wrong, and nothing else."""
+        return completion.strict_prediction is not None and reading.is_integer(completion.tagged or "")
 
 
 class ClosenessEvaluator(RewardEvaluator):
@@ -352,7 +362,7 @@ class ClockEvaluator(ClosenessEvaluator):
 
     components: ClassVar = {"closeness": 3.0, "time_format": 0.5, "strict_format": 0.5}
     headline = Headline("mean_abs_error_minutes", "mean error", "min", lower_is_better=True, chance=180.0)
-    best_constant = 180.0  # on a circle, no answer is nearer to all times than another
+    best_constant: float | None = 180.0  # on a circle, no answer is nearer to all times than another
     answer_pattern = reading.TIME
     gold = "08:15:30"
     max_error = 360.0
@@ -466,6 +476,75 @@ class CorrelationFeedbackEvaluator(FeedbackEvaluator, CorrelationEvaluator):
     """Correlations, in two turns."""
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One's own data: how answers are read is chosen with --dataset_options reward=...
+# ---------------------------------------------------------------------------------------------------------------------
+OWN_COMPONENTS = {"correctness": 2.0, "plain": 0.5, "strict_format": 0.5, "loose_format": 0.5, "tag_count": 0.5}
+
+
+class NumberEvaluator(ExactNumberEvaluator):
+    """Numbers of any kind that are right or wrong."""
+
+    components: ClassVar = OWN_COMPONENTS
+
+    def canonical(self, answer: str) -> str | None:
+        """The number; of an answer in GSM8K's form, the one after the last `####`."""
+        return super().canonical(answer.rpartition("####")[2])
+
+    def plain(self, completion: Completion, gold: Answer) -> float:
+        """The answer block is a number in digits and nothing else."""
+        return completion.strict_prediction is not None and reading.is_plain_number(completion.tagged or "")
+
+
+class ChoiceEvaluator(ExactEvaluator):
+    """One of the letters A to J."""
+
+    components: ClassVar = OWN_COMPONENTS
+    answer_pattern = reading.CHOICE
+    gold = "B"
+
+    def value(self, match: re.Match[str]) -> str:
+        """The letter as a capital."""
+        return match[0].strip("()[].:").upper()
+
+    def plain(self, completion: Completion, gold: Answer) -> float:
+        """The answer block is a letter and nothing else."""
+        return completion.strict_prediction is not None and len(completion.tagged or "") == 1
+
+
+class TextEvaluator(ExactEvaluator):
+    """A line of text. Case, blanks and punctuation around it do not count."""
+
+    components: ClassVar = OWN_COMPONENTS
+    answer_pattern = reading.LINE
+    gold = "Ada Lovelace"
+
+    def value(self, match: re.Match[str]) -> str | None:
+        return reading.read_line(match)
+
+    def canonical(self, answer: str) -> str | None:
+        """The text as it was written, if it is one line."""
+        return None if self.parse_answer(answer) is None else answer.strip()
+
+    def plain(self, completion: Completion, gold: Answer) -> float:
+        """The answer block is one line."""
+        return completion.strict_prediction is not None
+
+
+class TimeEvaluator(ClockEvaluator):
+    """Times on a 12-hour dial, scored by their distance. How often each time occurs is unknown, and so is chance."""
+
+    headline = replace(ClockEvaluator.headline, chance=None)
+    best_constant = None
+
+
+REWARDS: dict[str, type[RewardEvaluator]] = {
+    "number": NumberEvaluator,
+    "text": TextEvaluator,
+    "choice": ChoiceEvaluator,
+    "time": TimeEvaluator,
+}
+
 EVALUATORS: dict[str, type[RewardEvaluator]] = {
     "gsm8k": ExactNumberEvaluator,
     "arithmetic": ExactNumberEvaluator,
@@ -474,18 +553,22 @@ EVALUATORS: dict[str, type[RewardEvaluator]] = {
     "look": ColourEvaluator,
     "clock_feedback": ClockFeedbackEvaluator,
     "correlation_feedback": CorrelationFeedbackEvaluator,
+    "jsonl": NumberEvaluator,  # or another of REWARDS
 }
 
 
-def get_evaluator(name: str) -> RewardEvaluator:
-    """The evaluator of a task.
+def get_evaluator(name: str, options: Mapping[str, object] | None = None) -> RewardEvaluator:
+    """The evaluator of a task; `options` are those of its dataset, of which `reward` chooses from `REWARDS`.
 
     Raises:
-        ValueError: for an unknown task, naming the nearest.
+        ValueError: for an unknown task or reward, naming the nearest.
     """
     if name not in EVALUATORS:
         raise ValueError(f"no evaluator for the task {name!r}; {did_you_mean(name, EVALUATORS)}")
-    evaluator = EVALUATORS[name]()
+    kind = str((options or {}).get("reward", ""))
+    if kind and kind not in REWARDS:
+        raise ValueError(f"there is no reward {kind!r}; {did_you_mean(kind, REWARDS)}")
+    evaluator = REWARDS[kind]() if kind else EVALUATORS[name]()
     evaluator.task = name
     return evaluator
 

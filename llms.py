@@ -198,10 +198,8 @@ def load_llm(
     refuse_qwen_vl_chat(name)
     tune_cpu()
     quiet_transformers()
-    on = pick_device(device)
-    local = Path(model_path).is_dir()
-    hub = hub_options(local)
-    if local:
+    on, hub = pick_device(device), hub_options(Path(model_path).is_dir())
+    if Path(model_path).is_dir():
         refuse_incomplete_folder(Path(model_path))
     with readable_errors(name):
         config = AutoConfig.from_pretrained(model_path, **hub)
@@ -218,7 +216,7 @@ def load_llm(
         model, loaded = auto_class.from_pretrained(model_path, **how, **checked, **hub)
         refuse_missing_tensors(loaded, name)
         model = model.to(on)
-    # In many models the pad token also ends turns inside prompts: with a padding_idx its embedding is not trained.
+    # The pad token often ends turns inside prompts too: with a padding_idx its embedding would not be trained.
     model.get_input_embeddings().padding_idx = None
     model.eval()  # with dropout, trainer and sampler would disagree; gradients do not need train mode
     eos_token_ids = union_of_eos(tokenizer, processor, model)
@@ -391,8 +389,8 @@ def refuse_unfit_model(config: Config, llm: LLM, train_set: Dataset, test_set: D
         ModelError: as `refuse_unfit_config`; a test set without a prompt of at most --max_prompt_length tokens; a
             question from a file that has a placeholder of pictures.
     """
-    refuse_unfit_config(config, test_set, llm.model.config, llm.name)
     for dataset in (train_set, test_set):
+        refuse_unfit_config(config, dataset, llm.model.config, llm.name)
         if llm.is_vision and dataset.modality == "text" and dataset.reads_files:  # else none, or slow
             for index in range(len(dataset)):
                 refuse_stray_placeholders(llm, dataset[index], chat_text(llm, dataset[index]))

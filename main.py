@@ -367,7 +367,7 @@ def evaluate(
 
 def set_up_and_train(config: Config) -> int:
     """Load model and task, refuse what cannot work before anything is written, train. Returns the exit status."""
-    evaluator = get_evaluator(config.dataset_name)
+    evaluator = get_evaluator(config.dataset_name, config.dataset_options)
     with Run(config, evaluator) as run:
         data = (config.dataset_path, config.dataset_options)
         loader, test_set = get_dataloaders(  # before the model, which takes longer: bad data are refused at once

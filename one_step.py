@@ -73,7 +73,7 @@ def last_step(config: Config) -> Step:
     """Take --max_steps steps from the model of --model_path and return the last one: the first from then on in which
     no group has equal rewards, whose advantages would all be 0."""
     torch.set_num_threads(1)  # sums are added in one order, so that this machine prints the same page again
-    evaluator, run, old = get_evaluator(config.dataset_name), NoClock(), None
+    evaluator, run, old = get_evaluator(config.dataset_name, config.dataset_options), NoClock(), None
     data = (config.dataset_path, config.dataset_options)
     path = config.model_path
     if path == "tiny":

@@ -12,7 +12,6 @@ same name. Its tiny model, if it is to have one, is an entry in `tiny_models.py`
 import functools
 import hashlib
 import inspect
-import json
 import re
 import zlib
 from abc import ABC, abstractmethod
@@ -28,8 +27,9 @@ from PIL import Image, ImageOps
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
 from correlation_generator import CorrelationGenerator
+from data_files import Columns, hub_table, jsonl_rows, own_rows, parquet_rows
 from environments import CALCULATOR, Calculator, Environment
-from evaluator import asked_format
+from evaluator import asked_format, get_evaluator
 from progress import did_you_mean
 from scene_generator import SceneGenerator
 from visual_environments import FEEDBACK, ClockFeedback, CorrelationFeedback, Look
@@ -449,37 +449,11 @@ def load_hub_rows(split: str) -> list[dict]:
     Raises:
         ConnectionError: neither gives them; the message is one line.
     """
-    trouble = ""
     try:
-        import datasets  # takes seconds to import, and only this function needs it
-
-        if not datasets.config.HF_HUB_OFFLINE:
-            trouble = hub_trouble()
-            datasets.config.HF_HUB_OFFLINE = bool(trouble)  # then only the cache is read
-        table = datasets.load_dataset(GSM8K, "main", split=split)
-    except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow or json
-        reason = trouble or str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConnectionError(f"GSM8K could not be loaded ({reason}); give a local copy with --dataset_path") from error
+        table = hub_table(GSM8K, "main", split)
+    except ConnectionError as error:
+        raise ConnectionError(f"GSM8K could not be loaded ({error}); give a local copy with --dataset_path") from error
     return checked_rows(enumerate(table, 1), f"{GSM8K} ({split}), row")
-
-
-def hub_trouble(seconds: float = 5.0) -> str:
-    """Why the hub cannot give GSM8K, or "". One quick request; `datasets` would wait minutes for a silent hub."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session
-
-    try:
-        url = f"{constants.ENDPOINT}/api/datasets/{GSM8K}"
-        response = get_session().get(url, headers=build_hf_headers(), timeout=seconds)
-    except Exception as error:  # the HTTP library has its own exception types
-        return f"{constants.ENDPOINT} does not answer: {type(error).__name__}"
-    if response.status_code != 200:
-        return f"{constants.ENDPOINT} answers with the status {response.status_code}"
-    try:
-        response.json()
-    except ValueError:
-        return f"{constants.ENDPOINT} answers with a page that is not the hub's, perhaps a login page"
-    return ""
 
 
 def load_local_rows(path: Path, split: str) -> list[dict]:
@@ -506,36 +480,11 @@ def load_local_rows(path: Path, split: str) -> list[dict]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSONL file in UTF-8, UTF-16 or UTF-32, with or without byte order marks, blank lines and any line
-    ends."""
-
-    def parse(line: str, number: int) -> object:
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-
-    raw = path.read_bytes()
-    try:
-        text = raw.decode(json.detect_encoding(raw))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8") from error
-    # str.splitlines() would also split inside of texts; files that were joined have byte order marks between lines
-    lines = [line.strip("\ufeff \t") for line in re.split(r"\r\n|\r|\n", text)]
-    rows = [(number, parse(line, number)) for number, line in enumerate(lines, 1) if line]
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    return checked_rows(rows, f"{path}, line")
+    return checked_rows(jsonl_rows(path), f"{path}, line")
 
 
 def read_parquet(path: Path) -> list[dict]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is not a readable parquet file") from error
-    return checked_rows(enumerate(table, 1), f"{path}, row")
+    return checked_rows(parquet_rows(path), f"{path}, row")
 
 
 def checked_rows(numbered_rows: Iterable[tuple[int, object]], place: str) -> list[dict]:
@@ -579,6 +528,60 @@ class ArithmeticDataset(WordProblems):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One's own data
+# ---------------------------------------------------------------------------------------------------------------------
+class OwnDataset(Dataset):
+    """Questions, answers and pictures of one's own: a file, a folder, or a data set of the hub (see `own_rows`).
+
+    Options: `reward`, how answers are read and scored (see `evaluator.REWARDS`); `test`, the file of the test split;
+    `question`, `answer`, `image`, the names of the columns; `subset`, the configuration of a data set of the hub.
+    `num_examples` takes the first rows, and the seed changes nothing.
+    """
+
+    name = "jsonl"
+    modality = "text"  # "vision" for rows with pictures
+    reads_files = True
+
+    def __init__(
+        self,
+        split: str,
+        num_examples: int | None = None,
+        seed: int = 0,
+        path: str | None = None,
+        *,
+        reward: str = "number",
+        test: str = "",
+        question: str = "question",
+        answer: str = "answer",
+        image: str = "",
+        subset: str = "",
+    ):
+        super().__init__(split, num_examples, seed, path)
+        if path is None:
+            raise ValueError("the task 'jsonl' needs --dataset_path: a file, a folder, or a data set of the hub")
+        columns, evaluator = (
+            Columns(str(question), str(answer), str(image)),
+            get_evaluator(self.name, {"reward": reward}),
+        )
+        self.rows = own_rows(path, split, columns, str(test), str(subset))
+        self.golds: list[str] = []
+        for row in self.rows:
+            gold = evaluator.canonical(row.answer)
+            if gold is None:
+                raise ValueError(f"{row.place}: the answer {row.answer[:80]!r} cannot be read as reward={reward}")
+            self.golds.append(gold)
+        self.num_examples = len(self.rows) if num_examples is None else num_examples
+        if self.num_examples > len(self.rows):
+            raise ValueError(f"{num_examples:,} {split} examples were asked for, but there are only {len(self.rows):,}")
+        if any(row.pictures for row in self.rows[: self.num_examples]):
+            self.modality = "vision"
+
+    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        row = self.rows[index]
+        return row.question, [open_picture() for open_picture in row.pictures], self.golds[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Finding a task
 # ---------------------------------------------------------------------------------------------------------------------
 DATASETS: dict[str, type[Dataset]] = {
@@ -591,6 +594,7 @@ DATASETS: dict[str, type[Dataset]] = {
         LookDataset,
         ClockFeedbackDataset,
         CorrelationFeedbackDataset,
+        OwnDataset,
     )
 }
 

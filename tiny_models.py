@@ -281,7 +281,7 @@ RECIPES: dict[str, Recipe] = {
             "prompts_per_step": 8,
             "num_generations": 16,
             "max_prompt_length": 128,
-            "max_completion_length": 12,
+            "max_completion_length": 16,
             "learning_rate": 2e-4,
             "lr_scheduler_type": "cosine",
             "beta": 0.0,

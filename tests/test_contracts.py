@@ -470,6 +470,7 @@ class CountingLoader:
     def __init__(self, llm: LLM, prompts_per_step: int, dull_until: int = 0):
         self.llm, self.prompts_per_step, self.dull_until = llm, prompts_per_step, dull_until
         self.handed_out: list[Example] = []
+        self.dataset = get_dataset("arithmetic", "train", 1)  # for its environments: the single turn
 
     def __next__(self) -> tuple[list[Example], Prompts]:
         first = len(self.handed_out)

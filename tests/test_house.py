@@ -11,7 +11,7 @@ from rldatasets import DATASETS
 TYPED = (
     *("main", "config", "evaluator", "rldatasets", "rollout", "prompts", "logprobs", "optimizer", "run", "batch"),
     *("progress", "model_checks", "number_checks", "answers", "llms", "layers", "adapters", "one_step"),
-    *("turns", "environments", "visual_environments", "scene_generator"),
+    *("turns", "environments", "visual_environments", "scene_generator", "data_files"),
 )
 WITHOUT_TASKS = (
     *("main", "llms", "prompts", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers"),
@@ -78,7 +78,7 @@ def test_words_of_the_code_finds_names_and_texts():
 
 @pytest.mark.parametrize("room", WITHOUT_TASKS)
 def test_no_task_is_named_outside_its_rooms(room):
-    assert not words_of_the_code((ROOT / f"{room}.py").read_text()) & {*DATASETS}
+    assert not words_of_the_code((ROOT / f"{room}.py").read_text()) & ({*DATASETS} - {"look"})  # an English word
 
 
 @pytest.mark.parametrize("room", [path.stem for path in sorted(ROOT.glob("*.py"))])

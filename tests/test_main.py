@@ -470,15 +470,18 @@ def collected(llm, *flags):
     evaluator, run = EveryThird(), types.SimpleNamespace(timed=lambda phase: contextlib.nullcontext())
     sampler, handed_out = Sampler(llm), []
 
-    def batches(loader):
-        for examples, prompts in loader:
+    class Recorded:
+        dataset = get_dataset("arithmetic", "train", 1)  # for its environments: the single turn
+
+        def __next__(self):
+            examples, prompts = next(loader)
             handed_out.extend(examples)
-            yield examples, prompts
+            return examples, prompts
 
     encode = functools.partial(encode_prompts, llm)
     loader, _ = get_dataloaders("arithmetic", 2, 30, 4, seed=1, encode=encode)
     with contextlib.closing(loader):
-        recorded = batches(loader)
+        recorded = Recorded()
         first, record = sample_and_score(config, sampler, recorded, evaluator, run)
         batch, changes = replace_equal_groups(config, first, sampler, recorded, evaluator, run)
     return batch, record, changes, first, handed_out

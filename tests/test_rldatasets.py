@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from other_process import ROOT, run_python
 from PIL import Image
 
-import rldatasets
+import data_files
 from clock_image_generator import ClockImageGenerator
 from evaluator import EVALUATORS, asked_format, get_evaluator
 from rldatasets import (
@@ -577,7 +577,7 @@ def working_hub(monkeypatch):
     """-> a function that sets what the library does when it is asked for a data set, of a hub that answers."""
     import datasets
 
-    monkeypatch.setattr(rldatasets, "hub_trouble", lambda: "")
+    monkeypatch.setattr(data_files, "hub_trouble", lambda name: "")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     return lambda load: monkeypatch.setattr(datasets, "load_dataset", load)
 

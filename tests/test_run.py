@@ -414,7 +414,7 @@ def test_an_unexpected_error_of_the_command_is_one_line(tmp_path):
     """The whole command in a new process, with a function of the set-up replaced by one that fails."""
     program = (
         "import sys, main\n"
-        "def get_evaluator(name): return {}[name]\n"
+        "def get_evaluator(name, options): return {}[name]\n"
         "main.get_evaluator = get_evaluator\n"
         f"sys.exit(main.main(['--output_dir', {str(tmp_path / 'run')!r}]))"
     )
