@@ -471,17 +471,18 @@ def collected(llm, *flags):
     sampler, handed_out = Sampler(llm), []
 
     class Recorded:
-        dataset = get_dataset("arithmetic", "train", 1)  # for its environments: the single turn
+        def __init__(self, loader):
+            self.loader, self.dataset = loader, loader.dataset
 
         def __next__(self):
-            examples, prompts = next(loader)
+            examples, prompts = next(self.loader)
             handed_out.extend(examples)
             return examples, prompts
 
     encode = functools.partial(encode_prompts, llm)
     loader, _ = get_dataloaders("arithmetic", 2, 30, 4, seed=1, encode=encode)
     with contextlib.closing(loader):
-        recorded = Recorded()
+        recorded = Recorded(loader)
         first, record = sample_and_score(config, sampler, recorded, evaluator, run)
         batch, changes = replace_equal_groups(config, first, sampler, recorded, evaluator, run)
     return batch, record, changes, first, handed_out
