@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from config import Config
+
+LARGE = 50_000_000  # trained parameters; for smaller models the pages are worth more in the heap than the memory
 
 
 class MasterAdamW:
@@ -33,6 +37,8 @@ class MasterAdamW:
             self.masters = [p.detach().float() for p in self.parameters]
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 parameter.register_post_accumulate_grad_hook(add_gradient_to(master))
+        size = sum(parameter.numel() for parameter in self.parameters)
+        self.gives_back = self.masters[0].device.type == "cpu" and size >= LARGE
         self.adamw = torch.optim.AdamW(
             self.masters,
             lr=config.learning_rate,
@@ -54,6 +60,8 @@ class MasterAdamW:
             self.adamw.step()
             self.copy_to_model()
         self.adamw.zero_grad(set_to_none=True)
+        if self.gives_back:
+            give_freed_memory_back()
         self.skipped_steps = 0 if finite else self.skipped_steps + 1
         return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": self.skipped_steps}
 
@@ -79,6 +87,13 @@ class MasterAdamW:
             master.copy_(saved)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
         self.skipped_steps = state["skipped_steps"]
+
+
+def give_freed_memory_back() -> None:
+    """Return freed pages to the system. Micro-batches of ever different lengths leave holes in the heap of glibc, which
+    otherwise grow from step to step."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def add_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
