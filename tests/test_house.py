@@ -10,7 +10,7 @@ from rldatasets import DATASETS
 
 TYPED = (
     *("main", "config", "evaluator", "rldatasets", "rollout", "prompts", "logprobs", "optimizer", "run", "batch"),
-    *("progress", "model_checks", "number_checks", "answers", "llms", "layers", "one_step", "data_files"),
+    *("progress", "model_checks", "number_checks", "answers", "llms", "layers", "one_step", "data_files", "reporting"),
 )
 WITHOUT_TASKS = ("main", "llms", "prompts", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers")
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
