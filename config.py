@@ -28,6 +28,7 @@ from rldatasets import DATASETS, dataset_options, parse_option
 from tiny_models import MAX_CONTEXT, RECIPES
 
 PROJECT = Path(__file__).with_name("pyproject.toml")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")  # names of transformers, and of the packages
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # torchrun and accelerate, Open MPI, MPICH
 
 
@@ -136,6 +137,9 @@ class Config:
     max_minutes: float | None = flag(None, "stop with a checkpoint after so many minutes", above=0)
     log_completions_steps: int = flag(10, "save some completions for reading every N steps (0: only the first)", 0)
     log_completions_groups: int = flag(2, "number of groups saved each time", 1)
+    report_to: list[str] | None = flag(
+        None, f"also log to these trackers: {', '.join(TRACKERS)}", nargs="+", metavar="TRACKER"
+    )
 
     prompts_per_step: int = flag(8, "Q: prompts per optimizer step", 1, section="Sampling")
     num_generations: int = flag(16, "G: completions per prompt, compared with each other", 2)
@@ -264,6 +268,11 @@ def parse_args(argv: list[str] | None = None) -> Config:
     refuse_short_context(parser, given)
     if given["attn_implementation"] == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         parser.error("--attn_implementation flash_attention_2 needs the package flash-attn, which is not installed")
+    for name in given["report_to"] or []:
+        if name not in TRACKERS:
+            parser.error(f"there is no tracker {name!r}; {did_you_mean(name, TRACKERS)}")
+        if name != "none" and importlib.util.find_spec(name) is None:
+            parser.error(f"--report_to {name} needs the package {name}, which is not installed: uv pip install {name}")
     return Config(**given, argv=tuple(argv))
 
 

@@ -28,6 +28,7 @@ from config import Config
 from evaluator import RewardError, RewardEvaluator
 from llms import LLM
 from progress import PYTHON, Progress, setup_lines, summary_lines
+from reporting import Trackers, model_card, with_model_card
 from rldatasets import Dataset
 from run_folder import RunFolder, RunFolderError, fingerprint, hardware_and_versions, read_records
 
@@ -39,7 +40,7 @@ except ImportError:  # Windows
 # Flags that change no number, which a resumed run may give anew.
 MAY_CHANGE = {
     *("max_steps", "eval_steps", "save_steps", "save_total_limit", "max_minutes", "log_completions_steps"),
-    *("log_completions_groups", "resume", "overwrite_output_dir", "output_dir", "eval_only"),
+    *("log_completions_groups", "report_to", "resume", "overwrite_output_dir", "output_dir", "eval_only"),
 }
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal or connection is closed; Windows has no such signal
 
@@ -77,6 +78,7 @@ class Run:
         self.signal: int | None = None
         self.deadline = math.inf
         self.progress: Progress | None = None
+        self.trackers = Trackers([], self.folder.path, {})
         self.phases: defaultdict[str, float] = defaultdict(float)  # seconds of this step by phase
         self.step_began: float | None = None
         if not config.resume:
@@ -93,6 +95,7 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         if self.progress:
             self.progress.close()
+        self.trackers.close()
         self.folder.__exit__(*error)
 
     # --- opening and resuming ---
@@ -105,6 +108,7 @@ class Run:
         original = reference or (llm if config.lora_rank or not self.checkpoint else None)
         description = describe_run(config, llm, self.evaluator)
         description["fingerprints"] = fingerprints(config, original, train_set, test_set)
+        self.description = description
         self.saved = self.folder.load_trainer_state(self.checkpoint) if self.checkpoint else None
         if config.resume:
             began = self.folder.read_config()
@@ -129,6 +133,7 @@ class Run:
             self.step, self.evals = state["step"], state["evals"]
             self.best_step, self.best_score = state["best_step"], state["best_score"]
             self.saved = None  # its tensors were copied
+        self.trackers = Trackers(self.config.report_to or [], self.folder.path, self.config.flags(), self.step)
         dtype = str(self.llm.dtype).removeprefix("torch.")
         self.progress = Progress(self.config, self.evaluator.headline, self.step, dtype)
         if note := schedule_note(self.config, getattr(parts.get("optimizer"), "total_steps", self.config.max_steps)):
@@ -146,7 +151,9 @@ class Run:
         """Write a checkpoint: the model, the parts, and where the run is."""
         state = {"step": self.step, "evals": self.evals, "best_step": self.best_step, "best_score": self.best_score}
         trainer = {"run": state} | {name: part.state_dict() for name, part in self.parts.items()}
-        self.folder.save_checkpoint(self.step, self.llm.save, trainer, self.config.save_total_limit, self.best_step)
+        card = model_card(self.config, self.description, self.evaluator.headline, self.evals, self.step)
+        save = with_model_card(self.llm.save, card)
+        self.folder.save_checkpoint(self.step, save, trainer, self.config.save_total_limit, self.best_step)
 
     # --- stopping ---
 
@@ -215,6 +222,7 @@ class Run:
         self.step_began = None
         self.step = record["step"]
         self.folder.log_step(record)
+        self.trackers.log("train", self.step, record)
         if self.progress:
             self.progress.step(record)
         if record["skipped_steps"] >= self.config.max_skipped_steps:
@@ -229,6 +237,7 @@ class Run:
     def log_eval(self, metrics: dict[str, Any], groups: list[dict]) -> None:
         """Write an evaluation, and remember whether it is the best so far."""
         self.folder.log_eval(self.step, metrics, groups)
+        self.trackers.log("eval", self.step, metrics)
         self.evals[self.step] = metrics
         headline = self.evaluator.headline
         score = metrics[headline.metric] * (-1 if headline.lower_is_better else 1)

@@ -6,7 +6,8 @@
       eval_logs/metrics_000050.json    the metrics of the evaluation at step 50
       eval_logs/samples_000050.json    its prompts and completions; the pictures are in eval_logs/images/
       train_samples/step_000050.json   some groups of step 50; the pictures are in train_samples/images/
-      checkpoints/step_000100/         the model's save_pretrained files, trainer_state.pt, manifest.json
+      checkpoints/step_000100/         the model's save_pretrained files, README.md, trainer_state.pt, manifest.json
+      tensorboard/                     event files, with --report_to tensorboard
       run.lock                         locked by the process that writes here, until that process ends
 
 A process that is killed at any instruction, or a disk that is full, leaves a folder that can be read and resumed:
@@ -61,6 +62,7 @@ RUN_FILES = (
     "train_samples/images/*.png",
     "checkpoints/step_*",
     "checkpoints/.*_step_*",
+    "tensorboard/events.out.*",
 )
 
 CLOSING = b"\n]\n"  # the end of train_logs.json; the next record overwrites it and writes it again
