@@ -129,11 +129,42 @@ def forward(
             key, value = torch.cat([past[number][0], key], 2), torch.cat([past[number][1], value], 2)
         cache.append((key, value))  # (B, key heads, S, D)
         scale = text_model.layers[number].self_attn.scaling
-        mixed = F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=True)
+        mixed = attention(query, key, value, bias, scale)  # (B, heads, T, D)
         return mixed.transpose(1, 2).flatten(2).flatten(0, 1)  # (n, heads · D)
 
     x = run_layers(text_model, x, cos.flatten(0, 1)[:, None], sin.flatten(0, 1)[:, None], attend, fused)
     return x.unflatten(0, (rows, length)), cache
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(query keyᵀ · scale + bias) value: (B, heads, T, D), (B, key heads, S, D) twice, (B, 1, T, S) ->
+    (B, heads, T, D)."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return WideGradAttention.apply(query, key, value, bias, scale)
+    return F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=True)
+
+
+class WideGradAttention(torch.autograd.Function):
+    """Torch's attention kernel for a CPU, with its gradient taken in float32 from bfloat16 input: more exact, and up to
+    twice as fast as its gradient in bfloat16. What is kept for the backward pass stays in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mixed, log_sum = kernel(query, key, value, attn_mask=bias, scale=scale)  # (B, heads, T, D), (B, heads, T)
+        ctx.save_for_backward(query, key, value, bias, mixed, log_sum)
+        ctx.scale = scale
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *given, log_sum = ctx.saved_tensors
+        query, key, value, bias, mixed = (tensor.float() for tensor in given)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = kernel(
+            grad.float(), query, key, value, mixed, log_sum, 0.0, False, attn_mask=bias, scale=ctx.scale
+        )  # fmt: skip
+        return *(one.to(grad.dtype) for one in grads), None, None
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:

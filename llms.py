@@ -154,8 +154,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, hidden_siz
 
 def cpu_has_amx() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in tiles; an older torch that cannot tell counts as no."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16", False))
+    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(capabilities().get("amx_bf16", False))
 
 
 def pick_attention(

@@ -581,11 +581,14 @@ class FusedDecoder(Decoder):
         """As above. Packed copies of the weights live until its end: the next update makes them stale, and the loss
         needs their memory."""
         self.products = fused_layers(self.text_model.layers, self.fused)
-        self.head = layers.product(self.llm.model.get_output_embeddings().weight)  # type: ignore
+        self.head_product = layers.product(self.llm.model.get_output_embeddings().weight)
         try:
             return super().decode(*args)
         finally:
-            del self.products, self.head
+            del self.products, self.head_product
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.head_product(hidden)
 
     def load_cache(self, cache: Any, num_generations: int) -> None:
         for (keys, values), prompt in zip(self.caches, keys_and_values(cache), strict=True):

@@ -94,3 +94,24 @@ def test_swiglu_keeps_two_tensors_for_the_same_gradients(dtype, bias):
     assert sorted(tensor.numel() for tensor in kept) == sorted([gate.numel(), up.numel(), down.weight.numel()])
     for found, right in zip(torch.autograd.grad(output, inputs, grad), expected, strict=True):
         assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_attention_in_bfloat16_has_the_exact_gradient(key_heads):
+    """Value and gradients against float64, with padding and fewer queries than keys."""
+    query = torch.randn(3, 5, 6, 16).bfloat16().transpose(1, 2).requires_grad_()  # (B, heads, T, D)
+    key, value = (torch.randn(3, key_heads, 9, 16).bfloat16().requires_grad_() for _ in range(2))  # (B, …, S, D)
+    bias = torch.zeros(3, 1, 5, 9).masked_fill_(torch.ones(5, 9, dtype=torch.bool).triu(5), -torch.inf)
+    bias[1, ..., :3] = -torch.inf  # left padding
+    found = layers.attention(query, key, value, bias.bfloat16(), 0.3)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*exact, bias.double(), scale=0.3, enable_gqa=True)
+    grad = torch.randn(3, 6, 5, 16).bfloat16()
+    pairs = zip(
+        (found, *torch.autograd.grad(found, (query, key, value), grad)),
+        (expected, *torch.autograd.grad(expected, exact, grad.double())),
+        strict=True,
+    )
+    for one, other in pairs:
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() < 0.01 * other.norm()
