@@ -122,9 +122,15 @@ def found_metrics(records: list[dict]) -> list[str]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """(N,) -> (N,) centred moving average, over fewer values at the two ends."""
-    ones = np.ones(min(window, len(values)))
-    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+    """(N,) -> (N,) centred moving average over at most `window` values.
+
+    At value i of N it takes at most i // 2 values on each side and none beyond the last, as many on both. So it keeps a
+    straight line straight, up to its ends, and does not flatten the first steps, in which a run learns fastest.
+    """
+    index = np.arange(len(values))
+    half = np.minimum(np.minimum(window // 2, index // 2), len(values) - 1 - index)  # (N,)
+    sums = np.concatenate([[0.0], np.cumsum(values)])  # (N + 1,)
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 
 
 def smoothing_window(settings: list[Setting]) -> int:
@@ -196,7 +202,7 @@ def draw_training(ax: "Axes", key: str, setting: Setting, style: tuple, scale: f
     elif window > 1:
         ax.plot(curves[0][0], curves[0][1] * scale, color=colour, alpha=0.25, linewidth=0.8,
                 label="each step" if alone else None)  # fmt: skip
-    label = setting.name if not alone else f"training, mean of {window} steps" if window > 1 else "training"
+    label = setting.name if not alone else f"training, mean of up to {window} steps" if window > 1 else "training"
     ax.plot(steps, mean, color=colour, linestyle=dashes, marker=marker if len(steps) == 1 else None, label=label)
 
 
@@ -272,7 +278,8 @@ def draw_panels(title: str, keys: list[str], settings: list[Setting], training: 
     for ax, key in zip(axes, keys, strict=False):
         draw_panel(ax, key, settings, training)
         ax.xaxis.set_tick_params(labelbottom=True)
-    for ax in axes[len(keys) :]:
+    for ax in axes[len(keys) :]:  # the last of an odd number of panels takes the place of both
+        axes[len(keys) - 1].set_subplotspec(ax.get_subplotspec().get_gridspec()[-1, :])
         ax.remove()
     for ax in axes[len(keys) - columns : len(keys)]:
         ax.set_xlabel("optimizer step")

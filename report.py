@@ -237,12 +237,25 @@ def summarize(setting: Setting) -> dict[str, str]:
         "tokens/s": f"{np.median(speeds):,.0f}" if len(speeds) else "–",
         "seeds": ", ".join(str(run.flags.get("seed", "?")) for run in setting.runs),
         "model": run.flags.get("model_path", "?"),
-        "hardware": hardware.get("device", "?"),
+        "hardware": hardware_text(hardware),
         "commit": str(run.config.get("commit") or "?")[:10],
         "command": run.config.get("command", "?"),
         "settings": "\n".join(f"{name} = {value}" for name, value in run.settings.items()),
     }
     return {name: visible(fact) for name, fact in facts.items()}
+
+
+def hardware_text(hardware: dict) -> str:
+    """The GPU, or the processor with its cores and torch's threads; "cpu" in the folder of an older run."""
+    device = str(hardware.get("device", "?"))
+    if device != "cpu" or not hardware.get("name"):
+        return device
+    counts = [
+        f"{hardware[key]} {word}"
+        for key, word in (("cpu_count", "cores"), ("threads", "torch threads"))
+        if hardware.get(key)
+    ]
+    return ", ".join([str(hardware["name"]), *counts])
 
 
 def scores_markdown(summaries: list[dict[str, str]]) -> str:

@@ -31,6 +31,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -510,7 +511,9 @@ def hardware_and_versions(device: str = "cpu") -> dict:
     if str(device).startswith("cuda"):
         import torch
 
-        device = torch.cuda.get_device_name(device)
+        device = name = torch.cuda.get_device_name(device)
+    else:
+        name = _processor()
     try:
         memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -519,8 +522,19 @@ def hardware_and_versions(device: str = "cpu") -> dict:
         "device": str(device),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": memory_gb,
+        "name": name,
+        "threads": torch.get_num_threads() if (torch := sys.modules.get("torch")) else None,
     }
     return {"versions": versions, "commit": _commit(), "hardware": hardware}
+
+
+def _processor() -> str:
+    """The name of the processor, or "" where the system does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _commit() -> str | None:

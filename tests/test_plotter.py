@@ -108,9 +108,9 @@ def test_training_is_drawn_raw_and_smoothed(tmp_path):
     logged = report.read_run(run)
     expected = np.array([(r["step"], r["mean_abs_error_minutes"]) for r in logged.train])
     assert np.allclose(line(ax, "each step"), expected)
-    smoothed = line(ax, "training, mean of 3 steps")
+    smoothed = line(ax, "training, mean of up to 3 steps")
     assert np.allclose(smoothed[20, 1], expected[19:22, 1].mean())
-    assert np.allclose(smoothed[0, 1], expected[:2, 1].mean())
+    assert np.allclose(smoothed[[0, 1, -1], 1], expected[[0, 1, -1], 1])
     assert np.allclose(line(ax, "evaluation"), [(r["step"], r["mean_abs_error_minutes"]) for r in logged.evals])
     assert any(np.allclose(item.get_ydata(), 180) for item in ax.lines)
     assert [text.get_text() for text in ax.texts] == ["guessing: 180.0 min"] and ax.get_ylabel() == "min"
@@ -169,9 +169,40 @@ def test_time_is_stacked_by_phase(tmp_path):
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40), st.integers(0, 10))
 def test_smoothing_is_a_centred_mean(values, half):
     smoothed = plotter.smooth(np.array(values), 2 * half + 1)
-    for i, got in enumerate(smoothed if 2 * half + 1 <= len(values) else ()):
-        assert got == pytest.approx(np.mean(values[max(0, i - half) : i + half + 1]), abs=1e-6)
+    for i, got in enumerate(smoothed):
+        width = min(half, i // 2, len(values) - 1 - i)
+        assert got == pytest.approx(np.mean(values[i - width : i + width + 1]), abs=1e-6)
     assert len(smoothed) == len(values)
+
+
+def test_smoothing_does_not_hide_fast_learning_at_the_start():
+    """An error that falls to a third within 50 of 1,200 steps: a fixed window of 81 began far below it."""
+    error = 0.05 + 0.3 * np.exp(-np.arange(1200) / 40)
+    smoothed = plotter.smooth(error, 81)
+    assert smoothed[0] == error[0] and np.abs(smoothed - error).max() < 0.02
+    line = np.linspace(1, 0, 300)
+    assert plotter.smooth(line, 81) == pytest.approx(line)
+
+
+def test_an_odd_number_of_panels_leaves_no_hole(tmp_path):
+    run = make_run(tmp_path / "run", steps=6, eval_steps=3, eval_size=4)
+    settings = report.settings_of([report.read_run(run)])
+    first, second, last = plotter.draw_panels("Three", ["loss", "grad_norm", "reward"], settings).axes
+    assert last.get_subplotspec().colspan == range(2)
+    assert [ax.get_subplotspec().colspan for ax in (first, second)] == [range(1), range(1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "text"),
+    [
+        ({"device": "cpu", "name": "Some CPU 7", "cpu_count": 2, "threads": 1}, "Some CPU 7, 2 cores, 1 torch threads"),
+        ({"device": "cpu", "cpu_count": 2}, "cpu"),
+        ({"device": "Some GPU", "name": "Some GPU", "cpu_count": 2, "threads": 1}, "Some GPU"),
+        ({}, "?"),
+    ],
+)
+def test_the_hardware_has_a_name(hardware, text):
+    assert report.hardware_text(hardware) == text
 
 
 # ---- charts of a task

@@ -4,6 +4,7 @@ Skipped where Debian's `chromium` and `chromium-driver` (or any chromedriver) ar
 """
 
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -277,6 +278,25 @@ def test_light_dark_and_narrow(browser, clock_run):
     assert browser.script("return getComputedStyle(document.body).backgroundColor") != light
     overflow = browser.script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow == 0
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize(("width", "columns"), [(1280, 2), (520, 1)])
+def test_charts_leave_no_holes_and_samples_are_one_click_away(browser, clock_run, width, columns):
+    browser.open(clock_run / "report.html", width=width)
+    code = "return [...document.querySelectorAll('#charts img')].map(i => {i.loading = 'eager'; return i.complete})"
+    browser.wait_for(f"(() => {{ {code} }})().every(Boolean)")
+    boxes = browser.script(
+        "return [...document.querySelectorAll('#charts img')].map(i => i.getBoundingClientRect())"
+        ".map(b => [Math.round(b.left), b.top, b.bottom])"
+    )
+    by_column = {left: sorted(box[1:] for box in boxes if box[0] == left) for left in {box[0] for box in boxes}}
+    assert len(by_column) == columns
+    for column in by_column.values():
+        gaps = [below[0] - above[1] for above, below in itertools.pairwise(column)]
+        assert all(0 <= gap < 30 for gap in gaps), gaps
+    browser.click("#to-samples")
+    browser.wait_for("Math.abs(document.querySelector('#samples').getBoundingClientRect().top) < 60")
     assert browser.complaints() == []
 
 

@@ -1050,6 +1050,8 @@ def test_hardware_and_versions_are_recorded():
     assert found["versions"]["torch"] == torch.__version__.split("+")[0] and "python" in found["versions"]
     assert found["hardware"]["device"] == "cpu" and found["hardware"]["cpu_count"] >= 1
     assert 0.1 < found["hardware"]["memory_gb"] < 100_000
+    if os.path.exists("/proc/cpuinfo"):
+        assert found["hardware"]["name"] in Path("/proc/cpuinfo").read_text()
     json.dumps(found)
 
 
