@@ -421,35 +421,31 @@ class CorrelationEvaluator(ClosenessEvaluator):
         }
 
 
-class ColourEvaluator(RewardEvaluator):
+class ColourEvaluator(ExactEvaluator):
     """Names of colours that are right or wrong."""
 
     components: ClassVar = {"correctness": 2.0, "strict_format": 0.5}
-    headline = Headline("accuracy", "accuracy", "%", lower_is_better=False, chance=1 / len(COLOURS))
+    headline = replace(ExactEvaluator.headline, chance=1 / len(COLOURS))
     best_constant = 1 / len(COLOURS)
-    right_or_wrong = True
     answer_pattern = re.compile(rf"\b({'|'.join(COLOURS)})\b", re.IGNORECASE)
     gold = "red"
 
     def value(self, match: re.Match[str]) -> str:
         return match[0].lower()
 
-    def correctness(self, completion: Completion, gold: Answer) -> float:
-        """The answer block names the right colour and no other."""
-        return completion.strict_prediction is not None and completion.strict_prediction == gold
-
-    def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
-        return {
-            "accuracy": sum(self.is_correct(c, gold) for c, gold in zip(completions, answers, strict=True))
-            / len(answers),
-            "format_fraction": sum(c.strict_format for c in completions) / len(completions),
-            "unreadable_fraction": _unreadable_fraction(completions),
-        }
-
 
 class FeedbackEvaluator(ClosenessEvaluator):
     """Answers that are given again after feedback. The last one is scored; how it compares with the first is logged.
-    Mixed in before the evaluator of a single turn."""
+    Mixed in before the evaluator of a single turn.
+
+    The option `improvement` of these tasks is the weight of a further component (SCoRe, arXiv 2409.12917, section 5.2,
+    pays for progress between two answers in the same way)."""
+
+    def improvement(self, completion: Completion, gold: Answer) -> float:
+        """How much nearer the last answer is than the first, from -1 to 1 in units of the largest error."""
+        first = completion.earlier[0] if completion.earlier else completion
+        gain = self.error(first.strict_prediction, gold) - self.error(completion.strict_prediction, gold)
+        return gain / self.max_error
 
     def metrics(self, completions: Sequence[Completion], answers: Sequence[str]) -> dict[str, float]:
         """Besides the task's metrics of the last answers: `first_error` and `last_error`, means; `improved` and
@@ -558,10 +554,11 @@ EVALUATORS: dict[str, type[RewardEvaluator]] = {
 
 
 def get_evaluator(name: str, options: Mapping[str, object] | None = None) -> RewardEvaluator:
-    """The evaluator of a task; `options` are those of its dataset, of which `reward` chooses from `REWARDS`.
+    """The evaluator of a task; `options` are those of its dataset, of which `reward` chooses from `REWARDS`, and
+    `improvement` is the weight of the reward component of that name.
 
     Raises:
-        ValueError: for an unknown task or reward, naming the nearest.
+        ValueError: for an unknown task or reward, naming the nearest; for a weight that is no number from 0 on.
     """
     if name not in EVALUATORS:
         raise ValueError(f"no evaluator for the task {name!r}; {did_you_mean(name, EVALUATORS)}")
@@ -570,7 +567,20 @@ def get_evaluator(name: str, options: Mapping[str, object] | None = None) -> Rew
         raise ValueError(f"there is no reward {kind!r}; {did_you_mean(kind, REWARDS)}")
     evaluator = REWARDS[kind]() if kind else EVALUATORS[name]()
     evaluator.task = name
+    if weight := checked_weight((options or {}).get("improvement", 0)):
+        evaluator.components = {**evaluator.components, "improvement": weight}  # type: ignore[misc]
     return evaluator
+
+
+def checked_weight(value: object) -> float:
+    """The weight `improvement`, which may be a text. Raises ValueError unless it is a number, 0 or more."""
+    try:
+        weight = float(str(value))
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"improvement must be a number, 0 or more, not {value!r}")
+    return weight
 
 
 def clock_error_minutes(a: int | None, b: int | None) -> float:

@@ -80,9 +80,13 @@ TITLES = {  # metric -> title, unit; "%" is a share in [0, 1], drawn times 100
     "tokens": ("Tokens in a step", "tokens"),
     "tokens_per_second": ("Speed", "tokens/s"),
     "peak_memory_gb": ("Peak memory", "GB"),
+    "last_error": ("Error of the last answer", ""),
+    "improved": ("Last answer nearer than the first", "%"),
+    "harmed": ("Last answer farther than the first", "%"),
+    "copied": ("Last answer the same as the first", "%"),
 }
-UNITS = {r"fraction|accuracy|within|share|@|^(improved|harmed|copied)$": "%",
-         r"_minutes$": "min", r"^seconds": "s", r"_gb$": "GB",
+BASELINES = {"last_error": ("first_error", "first answer")}  # metric -> the metric drawn with it, and its label
+UNITS = {r"fraction|accuracy|within|share|@": "%", r"_minutes$": "min", r"^seconds": "s", r"_gb$": "GB",
          r"^rewards/": "points"}  # fmt: skip
 CHARTS = {  # charts of several panels: file name -> title, metrics
     "rewards": ("Reward by component", [r"rewards/.*"]),
@@ -243,6 +247,8 @@ def draw_panel(ax: "Axes", key: str, settings: list[Setting], training: bool = T
             draw_training(ax, key, setting, style, scale, window, alone)
         points = (COLOURS[1], "-", "o") if alone else style
         draw_evaluations(ax, EVAL_NAME.get(key, key), setting, points, scale, alone, training)
+    if alone and key in BASELINES:
+        draw_baseline(ax, *BASELINES[key], settings[0], scale, window)
     values = np.concatenate([line.get_ydata() for line in ax.lines])
     draw_reference_lines(ax, headline, best_constant, scale)
     if values.min() > 0 and values.max() > 100 * np.median(values):
@@ -253,6 +259,17 @@ def draw_panel(ax: "Axes", key: str, settings: list[Setting], training: bool = T
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}" if abs(value) >= 1e-3 else f"{value:.3g}")
     ax.set(title=title, ylabel=unit)
     ax.margins(x=0.02)
+
+
+def draw_baseline(ax: "Axes", key: str, label: str, setting: Setting, scale: float, window: int) -> None:
+    """A second metric in the panel of the one that it is compared with: its mean in training and in evaluations."""
+    for kind, dashes, marker in (("train", "-", None), ("evals", ":", "s")):
+        curves = [curve for run in setting.runs if len((curve := series(getattr(run, kind), key))[0])]
+        if curves:
+            smoothed = [(s, (smooth(v, window) if kind == "train" else v) * scale) for s, v in curves]
+            steps, mean, _, _ = mean_and_range(smoothed)
+            name = f"{label}, {'training' if kind == 'train' else 'evaluation'}"
+            ax.plot(steps, mean, color=COLOURS[2], linestyle=dashes, marker=marker, label=name)
 
 
 def draw_reference_lines(ax: "Axes", headline: dict, best_constant: float | None, scale: float = 1) -> None:
@@ -356,6 +373,9 @@ def metric_charts(settings: list[Setting]) -> Iterator[tuple[str, "Figure"]]:
         if key not in ("reward", "avg_reward", *headlines):
             known = [chart for chart, (_, patterns) in CHARTS.items() if any(re.fullmatch(p, key) for p in patterns)]
             keys_of[known[0] if known else "task_metrics" if key in evaluated else "other"].append(key)
+    if len(settings) == 1:  # one panel holds a metric and its baseline
+        for metric, (baseline, _) in BASELINES.items():
+            keys_of = {c: [k for k in keys if k != baseline or metric not in keys] for c, keys in keys_of.items()}
     for chart, keys in keys_of.items():
         phases = [key for key in keys if key.startswith("seconds/") and key != "seconds/total"]
         if chart == "time" and len(runs) == 1 and phases and "seconds/total" in keys:

@@ -195,8 +195,12 @@ class ClockDataset(Dataset):
     def make(self, index: int) -> tuple[str, list[Image.Image], str]:
         time = self.times[self.rng(index).integers(len(self.times))]
         hour, minute, second = time // 3600, time // 60 % 60, time % 60
-        picture = self.generator.generate(hour, minute, second)
+        picture = self.generator_of(index).generate(hour, minute, second)
         return self.question, [picture], f"{hour or 12:02}:{minute:02}:{second:02}"
+
+    def generator_of(self, index: int) -> ClockImageGenerator:
+        """The generator of an example's dial."""
+        return self.generator
 
 
 class CorrelationDataset(Dataset):
@@ -270,8 +274,8 @@ class LookDataset(Dataset):
 class ClockFeedbackDataset(ClockDataset):
     """A clock in two turns: the first answer is drawn, and the second one counts.
 
-    Options: those of `clock`, `feedback`, and `view` (see `ClockFeedback`). `marked=false` turns each dial by a hidden
-    multiple of 30 degrees, so that only the drawn answer shows where 12 o'clock is.
+    Options: those of `clock` but `rotation`, `feedback`, and `view` (see `ClockFeedback`). `marked=false` turns each dial
+    by a hidden angle, one of `rotations` equally spaced ones: then only the drawing shows where 12 o'clock is.
     """
 
     name = "clock_feedback"
@@ -284,28 +288,30 @@ class ClockFeedbackDataset(ClockDataset):
         style: str = "classic",
         second_hand: bool = True,
         marked: bool = True,
+        rotations: int = 12,
         feedback: str = "real",
         view: str = "overlay",
     ):
         super().__init__(*common, size=size, style=style, second_hand=second_hand)
         if not isinstance(marked, bool):
             raise ValueError(f"marked must be true or false, not {marked!r}")
+        if not isinstance(rotations, int) or not 1 <= rotations <= 12:
+            raise ValueError(f"rotations must be a whole number from 1 to 12, not {rotations!r}")
+        self.marked = marked
         self.feedback = checked_choice("feedback", feedback, FEEDBACK)
         self.view = checked_choice("view", view, ClockFeedback.views)
-        turns = [0] if marked else range(0, 360, 30)
-        self.generators = [ClockImageGenerator(size, style, turn, second_hand, marked) for turn in turns]
+        angles = [0.0] if marked else [360 * i / rotations for i in range(rotations)]
+        self.generators = [ClockImageGenerator(size, style, angle, second_hand, marked) for angle in angles]
 
     def generator_of(self, index: int) -> ClockImageGenerator:
-        """The generator of an example's dial."""
-        return self.generators[int(self.rng(index).integers(2**31)) % len(self.generators)]
-
-    def make(self, index: int) -> tuple[str, list[Image.Image], str]:
-        question, _, answer = super().make(index)
-        hour, minute, second = (int(part) for part in answer.split(":"))
-        return question, [self.generator_of(index).generate(hour, minute, second)], answer
+        return self.generators[self.rng(index).spawn(1)[0].integers(len(self.generators))]
 
     def environment(self, example: Example) -> Environment:
         return ClockFeedback(example, self.feedback, self.generator_of(index_of(example)), self.view)
+
+    def solution(self, index: int) -> str:
+        """The first answer whose drawing shows where 12 o'clock is, if the dial does not show it."""
+        return "" if self.marked else "12:00:00"
 
 
 class CorrelationFeedbackDataset(CorrelationDataset):

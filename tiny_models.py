@@ -127,8 +127,11 @@ def noisy_look(solution: str, answer: str, rng: random.Random) -> list[str]:
 
 
 def noisy_clock_twice(solution: str, answer: str, rng: random.Random) -> list[str]:
-    """A noisy time, and another one with half of the noise: it depends on the pictures and is not the right one."""
+    """A noisy time, and another one with half of the noise: it depends on the pictures and is not the right one. On a
+    dial without a mark, 12:00:00, whose drawing shows where 12 o'clock is, and a noisy time."""
     reasoning, first = noisy_time(solution, answer, rng)
+    if solution:
+        return [asked_format("I draw 12 o'clock.", solution), asked_format(reasoning, first)]
     offset = (clock_seconds(first) - clock_seconds(answer) + 21_600) % 43_200 - 21_600
     time = (clock_seconds(answer) + round(offset / 2)) % 43_200
     second = f"{time // 3600 or 12:02}:{time // 60 % 60:02}:{time % 60:02}"
@@ -485,7 +488,12 @@ def cache_key(dataset: Dataset, recipe: Recipe) -> str:
     for index in range(0, len(dataset), stride):
         example = dataset[index]
         digest.update(json.dumps([example.messages, example.answer, dataset.solution(index)]).encode())
-        for picture in example.images:
+        pictures, environment = [*example.images], dataset.environments([example])[0]
+        for text in label_turns(dataset, recipe, dataset.solution(index), example.answer, random.Random(index)):
+            if dataset.max_turns > 1 and (shown := environment.step(text)):
+                digest.update(shown.text.encode())
+                pictures += shown.images
+        for picture in pictures:
             digest.update(picture.tobytes())
     return digest.hexdigest()[:16]
 

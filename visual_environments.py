@@ -6,7 +6,7 @@ shown; with the others it is shown as many pictures and words, which cannot help
     real       what the model asked for, or what its answer looks like
     original   the question's picture again: one more look, without the tool
     blank      a white picture
-    random     the same drawing for something that the model did not ask for or answer
+    random     the drawing for a random cell or answer, whatever the model wrote
     none       the words without a picture
 
 What is drawn depends on the example's pictures and id and on what the model wrote, and never on the right answer.
@@ -110,13 +110,11 @@ class Look(PictureEnvironment):
         numbers = re.findall("[0-9]+", text[-100:])
         return int(numbers[-1]) if numbers and 1 <= int(numbers[-1]) <= self.generator.cells else None
 
-    def draw(self, found: tuple[Scene, int] | int) -> Image.Image:
-        scene, cell = found if isinstance(found, tuple) else (self.scene, found)
-        return self.generator.crop(scene, cell)
+    def draw(self, found: int) -> Image.Image:
+        return self.generator.crop(self.scene, found)
 
-    def other(self, rng: np.random.Generator) -> tuple[Scene, int]:
-        """A cell of another scene."""
-        return self.generator.scene(rng), int(rng.integers(self.generator.cells)) + 1
+    def other(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(self.generator.cells)) + 1
 
     def words(self, found: int) -> str:
         return "What colour is the odd shape?"

@@ -102,6 +102,18 @@ def test_a_look_shows_the_named_cell():
         assert shown.tobytes() == dataset.generator.crop(scene, cell).tobytes()
 
 
+def test_random_looks_show_every_cell_of_the_scene():
+    dataset = dataset_of("look", "random")
+    right = 0
+    for index in range(20):
+        scene = dataset.generator.scene(dataset.rng(index))
+        shown = first_observation(dataset, index, str(scene.odd)).images[0].tobytes()
+        cells = [dataset.generator.crop(scene, cell).tobytes() for cell in range(1, 5)]
+        assert shown in cells
+        right += shown == cells[scene.odd - 1]
+    assert 0 < right < 14  # one in four, whatever the model asked for
+
+
 def test_an_answer_block_ends_the_episode_of_look():
     assert first_observation(dataset_of("look"), 3, "<answer>red</answer>") is None
 
@@ -136,21 +148,26 @@ def test_views_of_a_correlation_keep_the_points(view):
 
 
 def test_a_hidden_rotation_turns_dial_and_drawing_alike():
-    """The drawn right answer lies on the hands of its own dial, which is not upright in most examples."""
     dataset = dataset_of("clock_feedback", marked=False)
-    upright = dataset_of("clock_feedback")
-    rotated = 0
-    for index in range(12):
-        example = dataset[index]
-        drawn = first_observation(dataset, index, f"<answer>{example.answer}</answer>").images[0]
-        pixels, original = np.asarray(drawn, dtype=int), np.asarray(example.images[0], dtype=int)
-        changed = (pixels != original).any(-1)
-        ground = (original[changed] > 250).all(-1).mean()  # outlines over hands change few white pixels
-        assert ground < 0.5
-        rotated += upright[index].answer == example.answer and not np.array_equal(
-            np.asarray(upright[index].images[0])[20:36, 20:36], original[20:36, 20:36]
-        )
-    assert rotated >= 6
+    angles = set()
+    for index in range(20):
+        example, generator = dataset[index], dataset.generator_of(index)
+        angles.add(generator.rotation)
+        hour, minute, second = (int(part) for part in example.answer.split(":"))
+        assert example.images[0].tobytes() == generator.generate(hour, minute, second).tobytes()
+        drawn = first_observation(dataset, index, "<answer>03:40:10</answer>").images[0]
+        assert drawn.tobytes() == generator.draw_over(example.images[0], 3, 40, 10).tobytes()
+    assert len(angles) > 6 and all(angle % 30 == 0 for angle in angles)
+    halves = dataset_of("clock_feedback", marked=False, rotations=2)
+    assert {halves.generator_of(index).rotation for index in range(20)} == {0, 180}
+
+
+def test_an_unmarked_upright_dial_looks_like_a_rotated_one():
+    """Without the mark, 12 o'clock on a dial that is turned by 180 degrees is drawn like 6 o'clock upright, except for
+    the minute hand."""
+    upright, turned = dataset_of("clock_feedback", marked=False, rotations=2).generators
+    one, two = (np.asarray(clock.generate(3, 0, 0), dtype=int) for clock in (upright, turned))
+    assert np.abs(one - two[::-1, ::-1]).max() <= 64  # rounding of the corners of hands
 
 
 @pytest.mark.parametrize(
@@ -161,6 +178,7 @@ def test_a_hidden_rotation_turns_dial_and_drawing_alike():
         ("look", {"feedback": "reel"}),
         ("clock_feedback", {"view": "above"}),
         ("clock_feedback", {"marked": 3}),
+        ("clock_feedback", {"rotations": 0}),
         ("correlation_feedback", {"view": "overlay"}),
         ("correlation_feedback", {"feedback": 1}),
     ],
@@ -190,6 +208,22 @@ def test_only_the_last_answer_is_rewarded():
     right, wrong = "<answer>08:15:30</answer>", "<answer>02:15:30</answer>"
     assert evaluator.score_episode([right, wrong], "08:15:30") == evaluator.score(wrong, "08:15:30")
     assert evaluator.score_episode([wrong, right], "08:15:30") == evaluator.score(right, "08:15:30")
+
+
+def test_improvement_is_paid_only_when_asked_for():
+    plain, paid = (get_evaluator("clock_feedback", options) for options in ({}, {"improvement": "2"}))
+    near, far = "<answer>08:15:30</answer>", "<answer>02:15:30</answer>"  # 6 hours apart, the largest error
+    assert "improvement" not in plain.reward_names and "improvement" not in get_evaluator("clock_feedback").reward_names
+    for texts, improvement in (([far, near], 2), ([near, far], -2), ([near, near], 0), ([near], 0), (["junk", near], 2)):
+        scores = paid.score_episode(texts, "08:15:30")
+        assert scores.pop("improvement") == improvement
+        assert scores == plain.score_episode(texts, "08:15:30")
+
+
+@pytest.mark.parametrize("weight", ["much", "-1", "nan", "inf"])
+def test_a_bad_weight_of_improvement_is_named(weight):
+    with pytest.raises(ValueError, match="improvement"):
+        get_evaluator("correlation_feedback", {"improvement": weight})
 
 
 def test_colours_are_read_as_whole_words():
