@@ -41,6 +41,7 @@ from run_folder import apply_umask
 from scene_generator import COLOURS
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from llms import LLM
@@ -163,6 +164,8 @@ class Recipe:
         script: the same for a task with several turns: the texts that the model is shown to write, turn by turn. The
             environment answers them. None: the answer of `noise` in the first turn.
         script_tokens: whole tokens that only a task with several turns has.
+        options: options of the task in the warm-up, whatever the run's are: runs that differ in them, such as the
+            controls of an environment, start from the same model.
         whole_tokens: texts that are one token each, such as "-0." or ":3" (a colon and the tens of a minute). Fewer
             tokens are sampled faster. What has to be read off a picture is written digit by digit: sampling tries all
             of ten digits, but only a few of a hundred numbers before the others become too unlikely.
@@ -180,6 +183,7 @@ class Recipe:
     whole_tokens: tuple[str, ...]
     script: Callable[[str, str, random.Random], list[str]] | None = None
     script_tokens: tuple[str, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)
     vocabulary: int = 500
     hidden: int = 128
     mlp: int = 384
@@ -270,6 +274,7 @@ RECIPES: dict[str, Recipe] = {
         noise=no_noise,
         whole_tokens=(),
         script=noisy_look,
+        options={"feedback": "real"},
         script_tokens=tuple(COLOURS),
         examples=8000,
         labels=2,
@@ -293,6 +298,7 @@ RECIPES: dict[str, Recipe] = {
     "clock_feedback": Recipe(
         noise=noisy_time,
         script=noisy_clock_twice,
+        options={"feedback": "real"},
         whole_tokens=tuple(f":{tens}" for tens in range(6)),
         examples=12_800,
         labels=2,
@@ -315,6 +321,7 @@ RECIPES: dict[str, Recipe] = {
     "correlation_feedback": Recipe(
         noise=noisy_correlation,
         script=noisy_correlation_twice,
+        options={"feedback": "real"},
         whole_tokens=("-0.", "0.", "-1.", "1."),
         examples=19_200,
         labels=2,
@@ -391,7 +398,7 @@ def tiny_model(
         OSError: the model cannot be written.
     """
     recipe = recipe or find_recipe(dataset_name)
-    dataset = training_examples(dataset_name, dataset_path, dataset_options, recipe.examples)
+    dataset = training_examples(dataset_name, dataset_path, dataset_options, recipe)
     cache = cache_folder(cache_dir)
     folder = cache / f"{dataset_name}-{cache_key(dataset, recipe)}"
     unfinished = cache / f".{folder.name}-{uuid.uuid4().hex}"
@@ -437,8 +444,9 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     return Path(root) / "tiny"
 
 
-def training_examples(name: str, path: str | None, options: dict[str, object] | None, max_examples: int) -> Dataset:
-    """The first `max_examples` of the training split, or all of them if a file has fewer."""
+def training_examples(name: str, path: str | None, options: dict[str, object] | None, recipe: Recipe) -> Dataset:
+    """The first examples of the training split, as many as the recipe says, or all of them if a file has fewer."""
+    max_examples, options = recipe.examples, {**(options or {}), **recipe.options}
     if DATASETS[name].reads_files:
         dataset = get_dataset(name, "train", None, path=path, options=options)
         max_examples = min(max_examples, len(dataset))
@@ -488,14 +496,20 @@ def cache_key(dataset: Dataset, recipe: Recipe) -> str:
     for index in range(0, len(dataset), stride):
         example = dataset[index]
         digest.update(json.dumps([example.messages, example.answer, dataset.solution(index)]).encode())
-        pictures, environment = [*example.images], dataset.environments([example])[0]
-        for text in label_turns(dataset, recipe, dataset.solution(index), example.answer, random.Random(index)):
-            if dataset.max_turns > 1 and (shown := environment.step(text)):
-                digest.update(shown.text.encode())
-                pictures += shown.images
-        for picture in pictures:
+        for picture in [*example.images, *pictures_shown(dataset, recipe, index)]:
             digest.update(picture.tobytes())
     return digest.hexdigest()[:16]
+
+
+def pictures_shown(dataset: Dataset, recipe: Recipe, index: int) -> list[Image]:
+    """The pictures that the environment shows after the turns of an example's label."""
+    if dataset.max_turns == 1:
+        return []
+    example = dataset[index]
+    environment = dataset.environments([example])[0]
+    turns = label_turns(dataset, recipe, dataset.solution(index), example.answer, random.Random(index))
+    shown = [environment.step(text) for text in turns[:-1]]
+    return [picture for one in shown if one is not None for picture in one.images]
 
 
 def make(dataset: Dataset, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:

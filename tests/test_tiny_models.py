@@ -250,7 +250,7 @@ def test_cached_files_have_the_mode_of_the_umask(tmp_path, umask):
 def test_each_input_of_the_model_changes_the_key(problems_file, tmp_path):
     def key(task="arithmetic", path=None, options=None, **changes):
         recipe = brief(task, **changes)
-        return tiny_models.cache_key(tiny_models.training_examples(task, path, options, recipe.examples), recipe)
+        return tiny_models.cache_key(tiny_models.training_examples(task, path, options, recipe), recipe)
 
     changed = tmp_path / "train.jsonl"
     changed.write_text(problems_file.read_text().replace("Tom has 20", "Tim has 20"), encoding="utf-8")
@@ -262,11 +262,14 @@ def test_each_input_of_the_model_changes_the_key(problems_file, tmp_path):
         key(noise=tiny_models.noisy_time),
         key("clock", options={"size": 56}),
         key("clock", options={"size": 48}),
+        key("clock_feedback", options={"size": 56}),
+        key("clock_feedback", options={"size": 56, "view": "side"}),  # the same examples, other observations
         key("gsm8k", path=str(problems_file)),
         key("gsm8k", path=str(changed)),
     ]
     assert len(set(keys)) == len(keys)
     assert key() == key(seconds=1) == key(defaults={}) == keys[0]  # neither changes the weights
+    assert key("look") == key("look", options={"feedback": "blank"})  # a control starts from the same model
 
 
 def test_key_hashes_the_code_below_the_recipes(tmp_path, monkeypatch):
@@ -277,7 +280,7 @@ def test_key_hashes_the_code_below_the_recipes(tmp_path, monkeypatch):
         return tiny_models.cache_key(dataset, brief("arithmetic"))
 
     source = Path(tiny_models.__file__).read_text(encoding="utf-8")
-    dataset = tiny_models.training_examples("arithmetic", None, None, 24)
+    dataset = tiny_models.training_examples("arithmetic", None, None, brief("arithmetic"))
     key = tiny_models.cache_key(dataset, brief("arithmetic"))
     assert key_with("weight_decay=0.01", "weight_decay=0.02") != key
     assert key_with("max_steps", "min_steps") == key
@@ -374,6 +377,29 @@ def test_noisy_labels_have_the_format_not_the_answer(task, metric, low, high):
     rewards, metrics = score([asked_format(*RECIPES[task].noise(*pair, rng)) for pair in pairs], answers)  # (B, K)
     correct, _ = score([asked_format(*pair) for pair in pairs], answers)  # (B, K)
     assert (rewards[:, 1:] == correct[:, 1:]).all()  # all components but the first, which is that of the answer
+    assert low < metrics[metric] < high
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "metric", "low", "high"),
+    [
+        ("look", {}, "accuracy", 0.15, 0.3),  # chance is 0.25
+        ("clock_feedback", {}, "mean_abs_error_minutes", 30, 60),
+        ("clock_feedback", {"marked": False}, "mean_abs_error_minutes", 60, 120),
+        ("correlation_feedback", {}, "mean_abs_error", 0.1, 0.25),
+    ],
+)
+def test_scripts_do_not_tell_the_answer(task, options, metric, low, high):
+    """As for one turn: the last answers have the format and are wrong, and every turn but the last one is usable."""
+    dataset, rng = get_dataset(task, "train", 400, options=options_of(task) | options), random.Random(0)
+    evaluator = get_evaluator(task)
+    scripts = [RECIPES[task].script(dataset.solution(i), dataset[i].answer, rng) for i in range(400)]
+    environments = dataset.environments([dataset[i] for i in range(400)])
+    shown = [one.step(turns[0]) for one, turns in zip(environments, scripts, strict=True)]
+    assert all(one is not None and not one.malformed and len(one.images) == 1 for one in shown)
+    completions = [evaluator.parse_episode(turns) for turns in scripts]
+    metrics = evaluator.metrics(completions, [dataset[i].answer for i in range(400)])
+    assert all(completion.strict_format for completion in completions)
     assert low < metrics[metric] < high
 
 
