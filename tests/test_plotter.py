@@ -139,6 +139,18 @@ def test_unlisted_metrics_get_panels(tmp_path):
     assert charts["other"].legends[0].get_title().get_text() == "Calm: always 25 %"  # a constant gets no panel
 
 
+def test_first_and_last_errors_share_a_panel(tmp_path):
+    run = make_run(tmp_path / "run", "correlation", steps=6, eval_steps=3, eval_size=8)
+    errors = [{"first_error": 0.5 + 0.01 * i, "last_error": 0.4 - 0.05 * i} for i in range(7)]
+    rewrite(run / "train_logs.json", lambda records: [{**r, **errors[r["step"]]} for r in records])
+    for step in (0, 3, 6):
+        rewrite(run / f"eval_logs/metrics_{step:06d}.json", lambda record, step=step: {**record, **errors[step]})
+    (ax,) = charts_of(run)["feedback"].axes
+    assert line(ax, "first answer, evaluation")[:, 1].tolist() == [errors[step]["first_error"] for step in (0, 3, 6)]
+    assert np.allclose(line(ax, "evaluation")[:, 1], [errors[step]["last_error"] for step in (0, 3, 6)])
+    assert len(line(ax, "first answer, training")) == len(line(ax, "training")) == 6
+
+
 def test_null_is_drawn_as_a_gap(tmp_path):
     run = make_run(tmp_path / "run", steps=6, eval_steps=3, eval_size=4)  # its kl is null at step 3
     rewrite(run / "train_logs.json", lambda records: [{**r, "entropy": None} for r in records])
