@@ -84,20 +84,19 @@ class CorrelationGenerator:
     def draw(self, x: np.ndarray, y: np.ndarray) -> Image.Image:
         """The picture of points x and y, (N,) each, with mean 0. Both axes have the same limits, which include every
         point."""
-        limit = max(AXIS_LIMIT, np.abs(x).max(), np.abs(y).max())
         picture = self._background.copy()
-        self._draw_dots(ImageDraw.Draw(picture), x, y, limit, self.style.dot)
+        self._draw_dots(ImageDraw.Draw(picture), x, y, axis_limit(x, y), self.style.dot)
         return picture.reduce(SUPERSAMPLING)
 
-    def draw_over(self, picture: Image.Image, x: np.ndarray, y: np.ndarray) -> Image.Image:
-        """A copy of a plot with orange points x and y, (N,) each, over it, on axes of the usual limits."""
+    def draw_over(self, picture: Image.Image, x: np.ndarray, y: np.ndarray, limit: float = AXIS_LIMIT) -> Image.Image:
+        """A copy of a plot, whose axes have this limit, with orange points x and y, (N,) each, over it."""
         larger = self._enlarged(picture)
-        self._draw_dots(ImageDraw.Draw(larger), x, y, AXIS_LIMIT, OVERLAY)
+        self._draw_dots(ImageDraw.Draw(larger), x, y, limit, OVERLAY)
         return larger.reduce(SUPERSAMPLING)
 
-    def draw_ellipse(self, picture: Image.Image, r: float) -> Image.Image:
-        """A copy of a plot with the ellipse of two standard deviations of a normal distribution with correlation r, in
-        orange, on axes of the usual limits.
+    def draw_ellipse(self, picture: Image.Image, r: float, limit: float = AXIS_LIMIT) -> Image.Image:
+        """A copy of a plot, whose axes have this limit, with the ellipse of two standard deviations of a normal
+        distribution with correlation r, in orange.
 
         Raises:
             ValueError: r is not between -1 and 1.
@@ -107,7 +106,7 @@ class CorrelationGenerator:
         larger = self._enlarged(picture)
         turn = np.linspace(0, 2 * np.pi, 200)  # (N,)
         x, y = 2 * np.cos(turn), 2 * (r * np.cos(turn) + np.sqrt(1 - r * r) * np.sin(turn))  # (N,) each
-        columns, rows = self._pixels(x, y, AXIS_LIMIT)
+        columns, rows = self._pixels(x, y, limit)
         line = list(zip(columns, rows, strict=True))
         ImageDraw.Draw(larger).line(line, fill=OVERLAY, width=max(1, round(0.02 * larger.width)), joint="curve")
         return larger.reduce(SUPERSAMPLING)
@@ -141,6 +140,11 @@ class CorrelationGenerator:
         if self.style.frame:
             draw.rectangle((low, low, high, high), outline="black", width=SUPERSAMPLING)
         return picture
+
+
+def axis_limit(x: np.ndarray, y: np.ndarray) -> float:
+    """Where the axes of a plot of these points end, in standard deviations."""
+    return max(AXIS_LIMIT, float(np.abs(x).max()), float(np.abs(y).max()))
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:

@@ -26,10 +26,10 @@ from PIL import Image, ImageOps
 
 from arithmetic_generator import ArithmeticGenerator
 from clock_image_generator import ClockImageGenerator
-from correlation_generator import CorrelationGenerator
+from correlation_generator import CorrelationGenerator, axis_limit
 from data_files import Columns, hub_table, jsonl_rows, own_rows, parquet_rows
 from environments import CALCULATOR, Calculator, Environment
-from evaluator import asked_format, get_evaluator
+from evaluator import asked_format, checked_weight, get_evaluator
 from progress import did_you_mean
 from scene_generator import SceneGenerator
 from visual_environments import FEEDBACK, ClockFeedback, CorrelationFeedback, Look
@@ -218,9 +218,14 @@ class CorrelationDataset(Dataset):
         self.generator = CorrelationGenerator(size, num_points, style)
 
     def make(self, index: int) -> tuple[str, list[Image.Image], str]:
+        r, x, y = self.points(index)
+        return self.question, [self.generator.draw(x, y)], f"{r:.2f}"
+
+    def points(self, index: int) -> tuple[float, np.ndarray, np.ndarray]:
+        """An example's correlation and its points x and y, (N,) each."""
         rng = self.rng(index)
         r = round(rng.uniform(-1, 1), 2) + 0.0  # + 0.0 makes 0.0 of -0.0
-        return self.question, [self.generator.generate(r, rng)], f"{r:.2f}"
+        return r, *self.generator.points(r, rng)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,8 +279,9 @@ class LookDataset(Dataset):
 class ClockFeedbackDataset(ClockDataset):
     """A clock in two turns: the first answer is drawn, and the second one counts.
 
-    Options: those of `clock` but `rotation`, `feedback`, and `view` (see `ClockFeedback`). `marked=false` turns each dial
-    by a hidden angle, one of `rotations` equally spaced ones: then only the drawing shows where 12 o'clock is.
+    Options: those of `clock` except `rotation`; `feedback` and `view` (see `ClockFeedback`); `improvement` (see
+    `FeedbackEvaluator`). Each dial is turned by one of `rotations` equally spaced angles. `marked=false` leaves out the
+    triangle, so that only the drawing shows where 12 o'clock is, and makes 12 rotations the default.
     """
 
     name = "clock_feedback"
@@ -288,19 +294,22 @@ class ClockFeedbackDataset(ClockDataset):
         style: str = "classic",
         second_hand: bool = True,
         marked: bool = True,
-        rotations: int = 12,
+        rotations: int | None = None,
         feedback: str = "real",
         view: str = "overlay",
+        improvement: float = 0.0,
     ):
         super().__init__(*common, size=size, style=style, second_hand=second_hand)
         if not isinstance(marked, bool):
             raise ValueError(f"marked must be true or false, not {marked!r}")
-        if not isinstance(rotations, int) or not 1 <= rotations <= 12:
-            raise ValueError(f"rotations must be a whole number from 1 to 12, not {rotations!r}")
+        count = (1 if marked else 12) if rotations is None else rotations
+        if not isinstance(count, int) or not 1 <= count <= 60:
+            raise ValueError(f"rotations must be a whole number from 1 to 60, not {rotations!r}")
         self.marked = marked
         self.feedback = checked_choice("feedback", feedback, FEEDBACK)
         self.view = checked_choice("view", view, ClockFeedback.views)
-        angles = [0.0] if marked else [360 * i / rotations for i in range(rotations)]
+        checked_weight(improvement)
+        angles = [360 * i / count for i in range(count)]
         self.generators = [ClockImageGenerator(size, style, angle, second_hand, marked) for angle in angles]
 
     def generator_of(self, index: int) -> ClockImageGenerator:
@@ -317,7 +326,8 @@ class ClockFeedbackDataset(ClockDataset):
 class CorrelationFeedbackDataset(CorrelationDataset):
     """A correlation in two turns: the first answer is drawn over the points, and the second one counts.
 
-    Options: those of `correlation`, `feedback`, and `view` (see `CorrelationFeedback`).
+    Options: those of `correlation`; `feedback` and `view` (see `CorrelationFeedback`); `improvement` (see
+    `FeedbackEvaluator`).
     """
 
     name = "correlation_feedback"
@@ -331,13 +341,16 @@ class CorrelationFeedbackDataset(CorrelationDataset):
         style: str = "classic",
         feedback: str = "real",
         view: str = "ellipse",
+        improvement: float = 0.0,
     ):
         super().__init__(*common, size=size, num_points=num_points, style=style)
         self.feedback = checked_choice("feedback", feedback, FEEDBACK)
         self.view = checked_choice("view", view, CorrelationFeedback.views)
+        checked_weight(improvement)
 
     def environment(self, example: Example) -> Environment:
-        return CorrelationFeedback(example, self.feedback, self.generator, self.view)
+        _, x, y = self.points(index_of(example))
+        return CorrelationFeedback(example, self.feedback, self.generator, self.view, axis_limit(x, y))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

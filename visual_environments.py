@@ -160,9 +160,16 @@ class CorrelationFeedback(PictureEnvironment):
     unreadable = "I could not read a correlation. Answer again."
     views = ("ellipse", "points")
 
-    def __init__(self, example: Example, feedback: str, generator: CorrelationGenerator, view: str = "ellipse"):
+    def __init__(
+        self,
+        example: Example,
+        feedback: str,
+        generator: CorrelationGenerator,
+        view: str = "ellipse",
+        limit: float = 3.0,
+    ):
         super().__init__(example, feedback)
-        self.generator, self.view = generator, view
+        self.generator, self.view, self.limit = generator, view, limit  # limit: of the plot's axes
 
     def read(self, text: str) -> float | None:
         found = CorrelationEvaluator().predict(text)
@@ -171,9 +178,9 @@ class CorrelationFeedback(PictureEnvironment):
     def draw(self, found: float) -> Image.Image:
         original = self.example.images[0]
         if self.view == "ellipse":
-            return self.generator.draw_ellipse(original, found)
+            return self.generator.draw_ellipse(original, found, self.limit)
         rng = np.random.default_rng(zlib.crc32(self.example.id.encode()))
-        return self.generator.draw_over(original, *self.generator.points(found, rng))
+        return self.generator.draw_over(original, *self.generator.points(found, rng), self.limit)
 
     def other(self, rng: np.random.Generator) -> float:
         return float(rng.uniform(-1, 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,20 @@ def test_views_of_a_correlation_keep_the_points(view):
     assert 0.5 < (shown == original).all(-1).mean() < 1
 
 
+def test_drawn_points_have_the_scale_of_the_plot():
+    """A third of the plots have axes beyond 3, since a point lies there: the drawing must have the same axes."""
+    dataset = dataset_of("correlation_feedback", view="points")
+    wide = 0
+    for index in range(20):
+        example, (_, x, y) = dataset[index], dataset.points(index)
+        shown = first_observation(dataset, index, "<answer>0.20</answer>").images[0]
+        limit = max(3.0, np.abs([x, y]).max())
+        points = dataset.generator.points(0.2, np.random.default_rng(zlib.crc32(example.id.encode())))
+        assert shown.tobytes() == dataset.generator.draw_over(example.images[0], *points, limit).tobytes()
+        wide += limit > 3
+    assert wide
+
+
 def test_a_hidden_rotation_turns_dial_and_drawing_alike():
     dataset = dataset_of("clock_feedback", marked=False)
     angles = set()
@@ -214,7 +229,13 @@ def test_improvement_is_paid_only_when_asked_for():
     plain, paid = (get_evaluator("clock_feedback", options) for options in ({}, {"improvement": "2"}))
     near, far = "<answer>08:15:30</answer>", "<answer>02:15:30</answer>"  # 6 hours apart, the largest error
     assert "improvement" not in plain.reward_names and "improvement" not in get_evaluator("clock_feedback").reward_names
-    for texts, improvement in (([far, near], 2), ([near, far], -2), ([near, near], 0), ([near], 0), (["junk", near], 2)):
+    for texts, improvement in (
+        ([far, near], 2),
+        ([near, far], -2),
+        ([near, near], 0),
+        ([near], 0),
+        (["junk", near], 2),
+    ):
         scores = paid.score_episode(texts, "08:15:30")
         assert scores.pop("improvement") == improvement
         assert scores == plain.score_episode(texts, "08:15:30")
