@@ -129,14 +129,23 @@ def noisy_look(solution: str, answer: str, rng: random.Random) -> list[str]:
 
 def noisy_clock_twice(solution: str, answer: str, rng: random.Random) -> list[str]:
     """A noisy time, and another one with half of the noise: it depends on the pictures and is not the right one. On a
-    dial without a mark, 12:00:00, whose drawing shows where 12 o'clock is, and a noisy time."""
-    reasoning, first = noisy_time(solution, answer, rng)
+    dial without a mark, 12:00:00, whose drawing shows where 12 o'clock is, and a time with hands `slightly_shifted`."""
     if solution:
-        return [asked_format("I draw 12 o'clock.", solution), asked_format(reasoning, first)]
+        return [asked_format("I draw 12 o'clock.", solution), asked_format("I compare.", slightly_shifted(answer, rng))]
+    reasoning, first = noisy_time(solution, answer, rng)
     offset = (clock_seconds(first) - clock_seconds(answer) + 21_600) % 43_200 - 21_600
     time = (clock_seconds(answer) + round(offset / 2)) % 43_200
     second = f"{time // 3600 or 12:02}:{time // 60 % 60:02}:{time % 60:02}"
     return [asked_format(reasoning, first), asked_format("I compare.", second)]
+
+
+def slightly_shifted(answer: str, rng: random.Random) -> str:
+    """The hour shifted by -1, 0 or 1, with 0 half as likely as each of the others; the minute and the second by -5 to 5,
+    uniformly. A second of 0 stays, as on a dial without a second hand."""
+    hour, minute, second = (int(part) for part in answer.split(":"))
+    hour = (hour + rng.choice((-1, -1, 0, 1, 1)) - 1) % 12 + 1
+    minute, moved = (minute + rng.randint(-5, 5)) % 60, (second + rng.randint(-5, 5)) % 60
+    return f"{hour:02}:{minute:02}:{moved if second else 0:02}"
 
 
 def noisy_correlation_twice(solution: str, answer: str, rng: random.Random) -> list[str]:
