@@ -308,7 +308,8 @@ def observation_text(llm: LLM, observation: Observation) -> str:
 def without_special_tokens(llm: LLM, text: str) -> str:
     """The text of an observation without special tokens: it may quote what a model wrote, such as the text of a
     picture's placeholder or of the token that ends a turn."""
-    special = {*llm.tokenizer.all_special_ids, *llm.eos_token_ids, *llm.excluded_token_ids}
+    added = {*llm.eos_token_ids, *llm.excluded_token_ids} & set(llm.tokenizer.added_tokens_decoder)
+    special = added | set(llm.tokenizer.all_special_ids)
     for token in llm.tokenizer.convert_ids_to_tokens(sorted(special)):
         text = text.replace(token, "") if token else text
     return text

@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_objectives.py", "tests/test_contracts.py")
 ADAPTERS = ("tests/test_adapters.py",)
+TURNS = ("tests/test_turns.py",)
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "plots", "docs", "benchmarks", "*.lock")
 TIMEOUT = 1200  # seconds
 # Imported once, before a process is forked for each bug: they take longer than most of the tests.
@@ -102,7 +103,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows permuted: answers in another order than completions",
-        "sample_and_score",
+        "score",
         "[any_answer for example in examples for _ in range(any_G)]",
         "[any_answer for _ in range(any_G) for example in examples]",
     ),
@@ -126,6 +127,63 @@ MUTATIONS = [
         "completion_positions",
         "prompts.next_positions()",
         "torch.full_like(prompts.next_positions(), prompts.ids.shape[1])",
+    ),
+    Mutation(
+        "turns: observations in the loss",
+        "Rollout.sampled_mask",
+        "self.completion_mask if self.sampled is None else self.sampled",
+        "self.completion_mask",
+        TURNS,
+    ),
+    Mutation(
+        "turns: end of sequence left out of the next turn",
+        "Conversation.write",
+        "self.append(ids, any_positions)",
+        "self.append(ids[:-1], any_positions)",
+        TURNS,
+    ),
+    Mutation("turns: line end of an observation lost", "encode_observations", "ids[1:]", "ids[2:]", TURNS),
+    Mutation(
+        "turns: a picture advances the position by its tokens",
+        "Conversation.append",
+        "int(positions.max()) + 1",
+        "len(ids)",
+        TURNS,
+    ),
+    Mutation(
+        "turns: off by one at the next turn's first token",
+        "reread",
+        "said.mask.sum(1) - 1",
+        "said.mask.sum(1) - 2",
+        TURNS,
+    ),
+    Mutation(
+        "turns: pictures of rows permuted",
+        "token_logps_and_entropy",
+        "[rollout.vision[row] for row in rows]",
+        "[rollout.vision[row] for row in sorted(rows)]",
+        TURNS,
+    ),
+    Mutation(
+        "turns: prompt of another group",
+        "Sampler.take_turns",
+        "[row // G for row in padded]",
+        "[row % len(prompts) for row in padded]",
+        TURNS,
+    ),
+    Mutation(
+        "turns: observation after a turn that was cut off",
+        "show_observations",
+        "any_talk.finished and any_rest",
+        "any_rest",
+        TURNS,
+    ),
+    Mutation(
+        "turns: observation text scored",
+        "Rollout.texts_of_turns",
+        "episode.texts",
+        "[turn.observation.text if turn.observation else turn.text for turn in episode.turns]",
+        TURNS,
     ),
     Mutation(
         "reference not frozen: it is the policy",
