@@ -283,7 +283,7 @@ def test_conversation_that_does_not_fit_names_its_example(load):
     example = question("How many eggs?")
     llm.model.config.max_position_embeddings = 60
     sampler = Sampler(llm)
-    with pytest.raises(EpisodeError, match="the example question has .* tokens after turn 1"):
+    with pytest.raises(EpisodeError, match=r"the example question has .* tokens after turn 1"):
         sampler.sample([example], 8, 20, environments=[Toy(example, row, longer=9) for row in range(8)])
 
 
@@ -296,7 +296,7 @@ class Broken(Environment):
 
 def test_failing_environment_names_example_and_turn(load):
     llm = load("qwen2", "float32")
-    with pytest.raises(EpisodeError, match="the example question, turn 1, .*no such cell"):
+    with pytest.raises(EpisodeError, match=r"the example question, turn 1, .*no such cell"):
         Sampler(llm).sample(questions("qwen2"), 4, 20, environments=[Broken(q) for q in questions("qwen2") * 4])
 
 
