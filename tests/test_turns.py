@@ -318,7 +318,7 @@ def test_observations_earn_nothing_and_are_not_counted(load):
     assert metrics["accuracy"] == 0 and (batch.rewards.sum(1) < 1).all()
     record, turns = batch.record(get_evaluator("gsm8k").reward_names), [t for e in rollout.episodes for t in e.turns]
     assert record["tokens"] == sum(turn.length for turn in turns) < int(rollout.completion_mask.sum())
-    assert record["completion_length"] == record["tokens"] / 12 and record["turns"] == len(turns) / 12
+    assert record["completion_length"] == pytest.approx(record["tokens"] / 12) and record["turns"] == len(turns) / 12
     told = encode_observations(llm, [Observation(right * 3)])[0][0]
     assert record["observation_tokens"] == (len(turns) - 12) * len(told) / 12
     config = small_config("--objective dr_grpo --max_turns 2 --max_completion_length 20")
