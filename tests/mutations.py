@@ -182,7 +182,7 @@ MUTATIONS = [
         "turns: observation text scored",
         "Rollout.texts_of_turns",
         "episode.texts",
-        "[turn.observation.text if turn.observation else turn.text for turn in episode.turns]",
+        "[' '.join(turn.text + (turn.observation.text if turn.observation else '') for turn in episode.turns)]",
         TURNS,
     ),
     Mutation(
