@@ -462,8 +462,9 @@ class Decoder:
         if self.excluded is not None:
             logits.masked_fill_(self.excluded, -torch.inf)
         if self.temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)  # (b, 1)
-            logps = logits.log_softmax(-1).gather(1, tokens)  # (b, 1)
+            logps = logits.log_softmax(-1)  # (b, V)
+            tokens = logps.argmax(-1, keepdim=True)  # (b, 1)
+            logps = logps.gather(1, tokens)  # (b, 1)
         else:
             uniform = torch.rand(rows, 1, device=hidden.device, generator=self.generator).clamp_max_(BELOW_ONE)
             tokens, logps = draw(logits, uniform)  # (b, 1) each
