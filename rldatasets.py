@@ -129,6 +129,13 @@ class Dataset(ABC):
         return np.random.default_rng([zlib.crc32(self.name.encode()), SPLITS.index(self.split), self.seed, index])
 
 
+def checked_size(num_examples: int | None, rows: int, split: str) -> int:
+    """The number of examples of a split whose file has so many rows. Raises ValueError if these are too few."""
+    if num_examples is not None and num_examples > rows:
+        raise ValueError(f"{num_examples:,} {split} examples were asked for, but there are only {rows:,}")
+    return rows if num_examples is None else num_examples
+
+
 def split_of(key: str) -> str:
     """The split of an item, the same in every run and on every machine: by its hash, one item in ten is for testing."""
     return "test" if int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % 10 == 0 else "train"
@@ -300,8 +307,6 @@ class ClockFeedbackDataset(ClockDataset):
         improvement: float = 0.0,
     ):
         super().__init__(*common, size=size, style=style, second_hand=second_hand)
-        if not isinstance(marked, bool):
-            raise ValueError(f"marked must be true or false, not {marked!r}")
         count = (1 if marked else 12) if rotations is None else rotations
         if not isinstance(count, int) or not 1 <= count <= 60:
             raise ValueError(f"rotations must be a whole number from 1 to 60, not {rotations!r}")
@@ -453,9 +458,7 @@ class GSM8KDataset(WordProblems):
         if calculator:
             self.give_calculator()
         self.rows = load_hub_rows(split) if path is None else load_local_rows(Path(path), split)
-        self.num_examples = len(self.rows) if num_examples is None else num_examples
-        if self.num_examples > len(self.rows):
-            raise ValueError(f"{num_examples:,} {split} examples were asked for, but there are only {len(self.rows):,}")
+        self.num_examples = checked_size(num_examples, len(self.rows), split)
         self.set_shots(shots, lambda: GSM8KDataset("train", path=path))
 
     def row(self, index: int) -> dict[str, str]:
@@ -589,9 +592,7 @@ class OwnDataset(Dataset):
             if gold is None:
                 raise ValueError(f"{row.place}: the answer {row.answer[:80]!r} cannot be read as reward={reward}")
             self.golds.append(gold)
-        self.num_examples = len(self.rows) if num_examples is None else num_examples
-        if self.num_examples > len(self.rows):
-            raise ValueError(f"{num_examples:,} {split} examples were asked for, but there are only {len(self.rows):,}")
+        self.num_examples = checked_size(num_examples, len(self.rows), split)
         if any(row.pictures for row in self.rows[: self.num_examples]):
             self.modality = "vision"
 

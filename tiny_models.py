@@ -140,8 +140,8 @@ def noisy_clock_twice(solution: str, answer: str, rng: random.Random) -> list[st
 
 
 def slightly_shifted(answer: str, rng: random.Random) -> str:
-    """The hour shifted by -1, 0 or 1, with 0 half as likely as each of the others; the minute and the second by -5 to 5,
-    uniformly. A second of 0 stays, as on a dial without a second hand."""
+    """The hour shifted by -1, 0 or 1, with 0 half as likely as each of the others; the minute and the second by -5 to
+    5, uniformly. A second of 0 stays, as on a dial without a second hand."""
     hour, minute, second = (int(part) for part in answer.split(":"))
     hour = (hour + rng.choice((-1, -1, 0, 1, 1)) - 1) % 12 + 1
     minute, moved = (minute + rng.randint(-5, 5)) % 60, (second + rng.randint(-5, 5)) % 60
@@ -211,6 +211,15 @@ class Recipe:
 TWO_DIGITS = tuple(str(n) for n in range(10, 100))
 OPERATORS = (" + ", " - ", " * ", " / ", " = ")
 
+# Flags of the tasks that make their own examples
+GENERATED: dict[str, Any] = {
+    "train_size": 100_000,
+    "eval_size": 256,
+    "eval_steps": 100,
+    "max_prompt_length": 128,
+    "lr_scheduler_type": "cosine",
+}
+
 RECIPES: dict[str, Recipe] = {
     "correlation": Recipe(
         noise=noisy_correlation,
@@ -222,16 +231,12 @@ RECIPES: dict[str, Recipe] = {
         seconds=170,
         defaults={
             "dataset_options": {"size": 56, "style": "bold"},
-            "train_size": 100_000,
-            "eval_size": 256,
+            **GENERATED,
             "max_steps": 1200,
-            "eval_steps": 100,
             "prompts_per_step": 16,
             "num_generations": 8,
-            "max_prompt_length": 128,
             "max_completion_length": 12,
             "learning_rate": 2e-4,
-            "lr_scheduler_type": "cosine",
             "beta": 0.02,
         },
     ),
@@ -243,16 +248,12 @@ RECIPES: dict[str, Recipe] = {
         seconds=90,
         defaults={
             "dataset_options": {"size": 56, "style": "bold"},
-            "train_size": 100_000,
-            "eval_size": 256,
+            **GENERATED,
             "max_steps": 800,
-            "eval_steps": 100,
             "prompts_per_step": 8,
             "num_generations": 16,
-            "max_prompt_length": 128,
             "max_completion_length": 16,
             "learning_rate": 1.5e-4,
-            "lr_scheduler_type": "cosine",
             "beta": 0.01,
         },
     ),
@@ -266,16 +267,12 @@ RECIPES: dict[str, Recipe] = {
         seconds=75,
         defaults={
             "dataset_options": {"max_number": MAX_NUMBER},
-            "train_size": 100_000,
-            "eval_size": 256,
+            **GENERATED,
             "max_steps": 600,
-            "eval_steps": 100,
             "prompts_per_step": 16,
             "num_generations": 8,
-            "max_prompt_length": 128,
             "max_completion_length": 32,
             "learning_rate": 1e-4,
-            "lr_scheduler_type": "cosine",
             "beta": 0.0,
         },
     ),
@@ -291,16 +288,13 @@ RECIPES: dict[str, Recipe] = {
         seconds=100,
         defaults={
             "dataset_options": {"size": 56},
-            "train_size": 100_000,
-            "eval_size": 256,
+            **GENERATED,
             "max_steps": 120,
             "eval_steps": 40,
             "prompts_per_step": 8,
             "num_generations": 16,
-            "max_prompt_length": 128,
             "max_completion_length": 16,
             "learning_rate": 2e-4,
-            "lr_scheduler_type": "cosine",
             "beta": 0.0,
         },
     ),
@@ -314,16 +308,12 @@ RECIPES: dict[str, Recipe] = {
         seconds=150,
         defaults={
             "dataset_options": {"size": 56, "style": "bold"},
-            "train_size": 100_000,
-            "eval_size": 256,
+            **GENERATED,
             "max_steps": 400,
-            "eval_steps": 100,
             "prompts_per_step": 8,
             "num_generations": 8,
-            "max_prompt_length": 128,
             "max_completion_length": 16,
             "learning_rate": 1.5e-4,
-            "lr_scheduler_type": "cosine",
             "beta": 0.01,
         },
     ),
@@ -339,16 +329,12 @@ RECIPES: dict[str, Recipe] = {
         seconds=200,
         defaults={
             "dataset_options": {"size": 56, "style": "bold"},
-            "train_size": 100_000,
-            "eval_size": 256,
+            **GENERATED,
             "max_steps": 400,
-            "eval_steps": 100,
             "prompts_per_step": 8,
             "num_generations": 8,
-            "max_prompt_length": 128,
             "max_completion_length": 12,
             "learning_rate": 2e-4,
-            "lr_scheduler_type": "cosine",
             "beta": 0.02,
         },
     ),
