@@ -185,15 +185,15 @@ def evaluator_raises(folder: Path, method: str, calls: int) -> None:
 def undrawable(folder: Path, calls: int) -> None:
     from correlation_generator import CorrelationGenerator
 
-    generate, left = CorrelationGenerator.generate, [calls]
+    draw, left = CorrelationGenerator.draw, [calls]
 
     def without_ink(generator: CorrelationGenerator, *args: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise RuntimeError("no ink")
-        return generate(generator, *args)
+        return draw(generator, *args)
 
-    CorrelationGenerator.generate = without_ink
+    CorrelationGenerator.draw = without_ink
 
 
 # ---------------------------------------------------------------------------------------------------------------------
