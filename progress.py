@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from evaluator import Headline
 
 SECONDS_BETWEEN_LINES = 10.0
+ANSWERS_SHOWN = 5  # after an evaluation
 # The mean |log π of the sampler − log π of the trainer|, in nats, that rounding explains: both add up the same products
 # in another order. The random models of the tests have 1e-6 in float32 and 0.02 in bfloat16, which keeps 8 bits; larger
 # models add up more terms.
@@ -57,8 +58,8 @@ class Progress:
                 self.explained.add(subject)
                 self.say(f"note, step {record['step']}: {explanation}")
 
-    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show the metrics of an evaluation."""
+    def evaluation(self, step: int, metrics: dict[str, Any], groups: Sequence[dict] = ()) -> None:
+        """Show the metrics of an evaluation, and what the model answered to the first questions."""
         interval = ""
         if "accuracy_low" in metrics:
             interval = f" (95 % interval {100 * metrics['accuracy_low']:.1f} to {100 * metrics['accuracy_high']:.1f})"
@@ -67,9 +68,24 @@ class Progress:
             f"evaluation at step {step}: {self.headline.label} {value}{interval} · reward "
             f"{metrics['avg_reward']:.3f} · {metrics['num_examples']} examples in {metrics['seconds']:.0f} s"
         )
+        if groups:
+            shown = " · ".join(answered(group) for group in groups[:ANSWERS_SHOWN])
+            self.say(f"  answers to the first questions (right answer): {shown}")
 
     def close(self) -> None:
         self.bar.close()
+
+
+def answered(group: dict[str, Any]) -> str:
+    """The answer that was read from a greedy completion, and the right one: "0.31 (0.35)"."""
+    given = group["completions"][0]["prediction"]
+    return f"{'none' if given is None else shortened(given)} ({shortened(group['answer'])})"
+
+
+def shortened(value: Any) -> str:
+    """A value on one line of at most 20 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 20 else text[:19] + "…"
 
 
 def explanations(record: dict[str, Any], config: Config, dtype: str = "float32") -> dict[str, str]:

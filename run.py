@@ -244,7 +244,7 @@ class Run:
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step = score, self.step
         if self.progress:
-            self.progress.evaluation(self.step, metrics)
+            self.progress.evaluation(self.step, metrics, groups)
 
 
 def discard_output() -> None:

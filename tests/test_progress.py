@@ -181,6 +181,17 @@ def test_an_evaluation_shows_score_and_interval(capsys):
     assert "step 20" in without and "95" not in without
 
 
+def test_an_evaluation_shows_answers_of_the_model(capsys):
+    shown = Progress(CONFIG, HEADLINE, step=0)
+    metrics = {"accuracy": 0.5, "avg_reward": 1.5, "num_examples": 20, "seconds": 3.2}
+    pairs = [(0.31, "0.35"), (None, "-1"), ("a long\nanswer " * 3, "b"), (1, "1"), (2, "2"), (3, "77")]
+    shown.evaluation(10, metrics, [{"answer": gold, "completions": [{"prediction": given}]} for given, gold in pairs])
+    line = capsys.readouterr().out.splitlines()[1]
+    for part in ("0.31 (0.35)", "none (-1)", "a long answer a lon… (b)", "2 (2)"):
+        assert part in line
+    assert "77" not in line  # five are enough
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Before and after
 
