@@ -5,7 +5,8 @@
 4. Tokens are sampled from softmax(logits / temperature): see also test_greedy_text_equals_generate.
 8. A resumed run logs the numbers of an unbroken one.
 
-Also: a graph is captured once for each shape, also with evaluations between; memory does not grow.
+Also: a graph is captured once for each shape, also with evaluations between; memory does not grow; conversations and
+adapters keep contract 1. Without a GPU, test_rollout.py runs the captured step on fake tensors.
 """
 
 import gc
@@ -16,9 +17,11 @@ import torch
 from runs import records, small_run  # noqa: F401  (a fixture)
 from sampling import draw
 from small_models import TEXT, cut, picture, plain_inputs, question, questions, small_config
+from test_turns import toys
 
+import adapters
 from llms import load_llm
-from logprobs import token_logps
+from logprobs import reference_logps, token_logps
 from main import accumulate_gradients
 from rollout import Sampler
 
@@ -164,6 +167,49 @@ def test_a_prompt_with_pictures_mixes_with_one_without(on_gpu):
     with torch.no_grad():
         difference = token_logps(llm, rollout) - rollout.sampler_logps
     assert difference.abs()[rollout.completion_mask].mean() < MEAN_DIFFERENCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_vl", "qwen3_vl"])
+def test_conversations_keep_contract_1(on_gpu, family, dtype):
+    """One to three turns, with pictures where the model sees them; later calls replay graphs of earlier ones."""
+    llm = on_gpu(family, dtype)
+    sampler = Sampler(llm)
+    for _ in range(3):
+        rollout = sampler.sample(questions(family), 8, 20, environments=toys(family, 8))
+        with torch.no_grad():
+            difference = (token_logps(llm, rollout) - rollout.sampler_logps).abs()[rollout.sampled_mask]
+        assert difference.mean() < MEAN_DIFFERENCE[dtype]
+    assert {len(episode.turns) for episode in rollout.episodes} == {1, 2, 3} and graphs_of(sampler)
+
+
+def test_the_graphs_of_a_turn_are_reused(on_gpu):
+    """The rows that go on are another number in each turn and each step; graphs exist for few numbers of rows."""
+    sampler = Sampler(on_gpu("qwen2"))
+    for _ in range(10):
+        sampler.sample(questions("qwen2"), 8, 20, environments=toys("qwen2", 8))
+    assert {rows for rows, *_ in sampler.decoder.graphs} <= {24, 12, 6, 3, 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_adapters_keep_contract_1(on_gpu, family, dtype):
+    """Graphs read the adapters by address: an update is seen, and the reference, without them, leaves them as they
+    are."""
+    pytest.importorskip("peft")
+    llm = on_gpu(family, dtype)
+    adapters.add(llm, 3, 7, seed=1)
+    sampler, config = Sampler(llm), small_config("--temperature 1.0 --beta 0.04")
+    for _ in range(4):
+        with torch.no_grad():
+            for weight in adapters.parameters(llm.model).values():
+                weight.add_(0.1 * torch.randn_like(weight))
+        rollout = sampler.sample(questions(family), 8, 20)
+        with torch.no_grad():
+            difference = (token_logps(llm, rollout) - rollout.sampler_logps).abs()[rollout.sampled_mask]
+            base = (reference_logps(llm, llm.model, rollout, config) - rollout.sampler_logps)[rollout.sampled_mask]
+        assert difference.mean() < MEAN_DIFFERENCE[dtype] < base.abs().mean()
+    assert graphs_of(sampler)
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "correlation"])

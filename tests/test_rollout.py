@@ -1,5 +1,6 @@
 """The sampler draws from softmax(logits / temperature), returns its log-probabilities, and stops at the end token."""
 
+import dataclasses
 import functools
 import random
 
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import FAMILIES, TEMPERATURES, VISION
 from small_models import EOS, GENERATION, plain_inputs, question, questions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
 import layers
 import rollout as rollout_module
@@ -414,6 +417,38 @@ def test_the_sampler_sees_replaced_weights(load):
     other = {name: 0.8 * weight for name, weight in llm.model.state_dict().items()}
     llm.model.load_state_dict(other, assign=True)
     assert_logps_are_the_trainers(llm, sampler.sample(questions("llama"), 8, 24))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs, without a GPU: fake tensors have a shape, a dtype and a device, but no values
+
+
+def fake_decoder(llm, dtype: torch.dtype) -> FusedDecoder:
+    """A decoder of 8 rows on a GPU that need not be there."""
+    with no_init_weights(), torch.device("cuda"):
+        model = type(llm.model)._from_config(llm.model.config, dtype=dtype)
+    decoder = FusedDecoder(dataclasses.replace(llm, model=model), 8, 128)
+    decoder.generator, decoder.ignore_eos = None, False
+    decoder.products = rollout_module.fused_layers(decoder.text_model.layers, decoder.fused)
+    decoder.head_product = layers.product(model.get_output_embeddings().weight)
+    return decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_captured_step_asks_the_gpu_for_no_value(load, family, dtype):
+    """`.item()`, `if tensor` and shapes that depend on values raise an error here, and no graph can capture them. What
+    a step writes keeps its address."""
+    llm = load(family)
+    with FakeTensorMode(), torch.inference_mode():
+        decoder = fake_decoder(llm, dtype)
+        buffers = {name: value for name, value in vars(decoder).items() if torch.is_tensor(value)}
+        assert decoder.uses_graphs and len(buffers) > 10 and all(buffer.is_cuda for buffer in buffers.values())
+        for products in (decoder.products, None):  # None: as with adapters, each module by itself
+            decoder.products = products
+            for decoder.temperature, rows, window in ((0.0, 8, 64), (0.7, 4, 128)):
+                decoder.advance(rows, window)
+        assert all(getattr(decoder, name) is buffer for name, buffer in buffers.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,6 +103,26 @@ def test_sampler_trainer_and_plain_forward_agree(load, family):
             assert torch.isfinite(found).all() and (found[~mask[row]] == 0).all()
 
 
+def test_turns_decode_few_numbers_of_rows(load, monkeypatch):
+    """On a GPU each number is captured as a graph. The rows that go on are another number in each turn and step."""
+    llm, decoded = load("qwen2"), set()
+
+    class Captured(rollout_module.FusedDecoder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.uses_graphs, self.look_every = True, 16
+
+        def step(self, rows, window):
+            decoded.add(rows)
+            self.advance(rows, window)
+
+    monkeypatch.setattr(rollout_module, "FusedDecoder", Captured)
+    sampler = Sampler(llm)
+    for _ in range(4):
+        sampler.sample(questions("qwen2"), 8, 20, environments=toys("qwen2", 8))
+    assert {24, 12, 6} <= decoded <= {24, 12, 6, 3, 1}
+
+
 def pieces(llm, rollout, row):
     """The ids of each turn and of each observation of a row, in order."""
     found, position, ids = [], 0, rollout.completion_ids[row].tolist()
