@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_objectives.py", "tests/test_contracts.py")
 ADAPTERS = ("tests/test_adapters.py",)
 TURNS = ("tests/test_turns.py",)
+CAPTURED = ("tests/test_rollout.py::test_a_captured_step_asks_the_gpu_for_no_value",)
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "plots", "docs", "benchmarks", "*.lock")
 TIMEOUT = 1200  # seconds
 # Imported once, before a process is forked for each bug: they take longer than most of the tests.
@@ -206,6 +207,13 @@ MUTATIONS = [
         "model.parameters()",
         "model.requires_grad_().parameters()",
         ADAPTERS,
+    ),
+    Mutation(
+        "a CUDA graph's step asks the GPU for a value",
+        "Decoder.advance",
+        "self.slot += 1",
+        "self.slot[0] = self.slot.item() + 1",
+        CAPTURED,
     ),
 ]
 

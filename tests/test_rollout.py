@@ -1,6 +1,5 @@
 """The sampler draws from softmax(logits / temperature), returns its log-probabilities, and stops at the end token."""
 
-import dataclasses
 import functools
 import random
 
@@ -13,8 +12,10 @@ from hypothesis import strategies as st
 from sampling import FAMILIES, TEMPERATURES, VISION
 from small_models import EOS, GENERATION, plain_inputs, question, questions
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.initialization import no_init_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import adapters
 import layers
 import rollout as rollout_module
 from logprobs import token_logps, token_logps_and_entropy
@@ -423,32 +424,53 @@ def test_the_sampler_sees_replaced_weights(load):
 # CUDA graphs, without a GPU: fake tensors have a shape, a dtype and a device, but no values
 
 
-def fake_decoder(llm, dtype: torch.dtype) -> FusedDecoder:
-    """A decoder of 8 rows on a GPU that need not be there."""
-    with no_init_weights(), torch.device("cuda"):
-        model = type(llm.model)._from_config(llm.model.config, dtype=dtype)
-    decoder = FusedDecoder(dataclasses.replace(llm, model=model), 8, 128)
+class OnGpu(TorchDispatchMode):
+    """Every result of an operation has to be on the GPU: a copy to the CPU would wait for it."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        assert all(part.is_cuda for part in tree_leaves(result) if torch.is_tensor(part)), operation
+        return result
+
+
+def fake_decoder(llm) -> FusedDecoder:
+    """A decoder of 8 rows over this model, whose weights are moved to a GPU that need not be there."""
+    for module in llm.model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    kept[name] = torch.nn.Parameter(fake, False) if kept is module._parameters else fake
+    decoder = FusedDecoder(llm, 8, 128)
     decoder.generator, decoder.ignore_eos = None, False
     decoder.products = rollout_module.fused_layers(decoder.text_model.layers, decoder.fused)
-    decoder.head_product = layers.product(model.get_output_embeddings().weight)
+    decoder.head_product = layers.product(llm.model.get_output_embeddings().weight)
     return decoder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 3)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_captured_step_asks_the_gpu_for_no_value(load, family, dtype):
-    """`.item()`, `if tensor` and shapes that depend on values raise an error here, and no graph can capture them. What
-    a step writes keeps its address."""
-    llm = load(family)
+def test_a_captured_step_asks_the_gpu_for_no_value(load, family, dtype, rank):
+    """`.item()`, `if tensor`, `.cpu()` and shapes that depend on values raise an error here, and no graph can capture
+    them. What a step reads and writes keeps its address."""
+    llm = load(family, dtype)
+    if rank:
+        pytest.importorskip("peft")
+        adapters.add(llm, rank, 7)
     with FakeTensorMode(), torch.inference_mode():
-        decoder = fake_decoder(llm, dtype)
-        buffers = {name: value for name, value in vars(decoder).items() if torch.is_tensor(value)}
-        assert decoder.uses_graphs and len(buffers) > 10 and all(buffer.is_cuda for buffer in buffers.values())
-        for products in (decoder.products, None):  # None: as with adapters, each module by itself
-            decoder.products = products
+        decoder = fake_decoder(llm)
+        before = tensors_of(decoder)
+        assert decoder.uses_graphs and (decoder.fused is None) == bool(rank) and len(before) > 10 + 2 * 2
+        with OnGpu():
             for decoder.temperature, rows, window in ((0.0, 8, 64), (0.7, 4, 128)):
                 decoder.advance(rows, window)
-        assert all(getattr(decoder, name) is buffer for name, buffer in buffers.items())
+        assert all(now is tensor for now, tensor in zip(tensors_of(decoder), before, strict=True))
+
+
+def tensors_of(decoder: FusedDecoder) -> list[torch.Tensor]:
+    """Its buffers, keys and values, fused weights, and the weights of the model."""
+    held = [part for part in tree_leaves(vars(decoder)) if torch.is_tensor(part)]
+    return [*held, *decoder.llm.model.parameters()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
