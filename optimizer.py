@@ -14,6 +14,7 @@ from torch import Tensor
 from config import Config
 
 LARGE = 50_000_000  # trained parameters; for smaller models the pages are worth more in the heap than the memory
+ROWS = 4096  # of a gradient, added up at once
 
 
 class MasterAdamW:
@@ -22,6 +23,10 @@ class MasterAdamW:
     AdamW at 1e-6 moves a weight of 0.02 by about 1e-6, which bfloat16 would round to nothing. Gradients of
     micro-batches are also added up in float32, each parameter's as soon as it is complete. The copies of float32
     weights are the weights themselves.
+
+    Copies, their gradients and the moments are allocated here and kept, each kind in one block of memory: allocated
+    one by one between activations, which come and go, they would leave gaps too small for later activations, and the
+    process would grow by half within twenty steps.
 
     Attributes:
         total_steps: the length of the learning-rate schedule; a resumed run keeps that of its checkpoint.
@@ -34,9 +39,11 @@ class MasterAdamW:
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.masters = self.parameters
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
-            self.masters = [p.detach().float() for p in self.parameters]
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                parameter.register_post_accumulate_grad_hook(add_gradient_to(master))
+            self.masters = zeros_in_one_block(self.parameters, torch.float32)
+            gradients = zeros_in_one_block(self.parameters, torch.float32)
+            for parameter, master, gradient in zip(self.parameters, self.masters, gradients, strict=True):
+                master.copy_(parameter.detach())
+                parameter.register_post_accumulate_grad_hook(add_gradient_to(master, gradient))
         size = sum(parameter.numel() for parameter in self.parameters)
         self.gives_back = self.masters[0].device.type == "cpu" and size >= LARGE
         self.adamw = torch.optim.AdamW(
@@ -46,6 +53,10 @@ class MasterAdamW:
             weight_decay=config.weight_decay,
             fused=self.masters[0].device.type in ("cpu", "cuda"),
         )
+        moments = (zeros_in_one_block(self.masters, self.masters[0].dtype) for _ in range(2))
+        for master, mean, square in zip(self.masters, *moments, strict=True):  # as torch would in the first step
+            steps = torch.zeros((), device=master.device if self.adamw.defaults["fused"] else "cpu")
+            self.adamw.state[master] = {"step": steps, "exp_avg": mean, "exp_avg_sq": square}
 
     def step(self, loss: Tensor) -> dict[str, float]:
         """Clip the gradient, update the weights, clear the gradient. A loss or gradient that is not finite skips the
@@ -96,13 +107,27 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def add_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
-    """A hook that moves a parameter's gradient to its float32 copy and frees it."""
+def zeros_in_one_block(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Zeros in the shapes and strides of `tensors`, as views of one block of memory."""
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device).split(sizes)
+    pairs = zip(parts, tensors, strict=True)
+    return [part.as_strided(tensor.shape, tensor.stride(), part.storage_offset()) for part, tensor in pairs]
+
+
+def add_gradient_to(master: Tensor, total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's gradient to `total`, which becomes the gradient of its float32 copy, and frees
+    it."""
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None  # the hook runs when the gradient is complete
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        if master.grad is None:
+            master.grad = total.copy_(parameter.grad)
+        elif total.dim() == 0:
+            total.add_(parameter.grad)
+        else:  # in parts: torch makes a float32 copy of what it adds, and the gradient of an embedding is large
+            for some, more in zip(total.split(ROWS), parameter.grad.split(ROWS), strict=True):
+                some.add_(more)
         parameter.grad = None
 
     return add
