@@ -41,14 +41,14 @@ def flag(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
     section: str | None = None,
+    or_auto: bool = False,
     **more: Any,
 ) -> Any:
     """A field that becomes a command-line flag: numbers within [least, most], and over `above` and under `below`;
-    `section` starts a new group of flags in --help; `more` goes to argparse."""
+    `section` starts a new group of flags in --help; with `or_auto`, "auto" gives None; `more` goes to argparse."""
     bounds = {"least": least, "most": most, "above": above, "below": below}
-    return dataclasses.field(
-        default=default, metadata={"help": text, "choices": choices, "section": section, "bounds": bounds, "more": more}
-    )
+    details = {"choices": choices, "section": section, "or_auto": or_auto, "bounds": bounds, "more": more}
+    return dataclasses.field(default=default, metadata={"help": text, **details})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ OBJECTIVES = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of a run. `objective` is its preset with the choices that were given; `max_steps` is None until
-    `with_steps`, unless it was given."""
+    `with_steps`, and `micro_batch_tokens` until memory.py's `plan_run`, unless they were given."""
 
     model_path: str = flag(
         "Qwen/Qwen2.5-1.5B-Instruct", "a model on the hub, a local folder, or `tiny`", section="Model and task"
@@ -189,9 +189,13 @@ class Config:
     lora_alpha: int = flag(32, "α: the adapters' output is multiplied by α / r", 1)
 
     micro_batch_tokens: int = flag(
-        8192, "tokens computed at once in the loss; fewer take less memory and give the same result", 1,
+        None,
+        "tokens computed at once in the loss, which changes the result by rounding only: a number, or auto, up to 8192 "
+        "as memory allows (default: auto)",
+        1,
         section="Machine",
-    )  # fmt: skip
+        or_auto=True,
+    )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     dtype: str = flag(
         "auto",
@@ -412,7 +416,7 @@ def add_flag(group: Any, owner: type, field: dataclasses.Field) -> None:
         more["choices"] = meta["choices"]
     group.add_argument(
         f"--{field.name}",
-        type=bounded(kind, **meta["bounds"]) if kind in (int, float) else truth if kind is bool else str,
+        type=number_parser(kind, meta) if kind in (int, float) else truth if kind is bool else str,
         default=default,
         help=help_text(owner, field),
         **more,
@@ -431,6 +435,19 @@ def kind_of(owner: type, field: dataclasses.Field) -> type:
     hint = type_hints(owner)[field.name]
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
     return kinds[0]
+
+
+def number_parser(kind: type, meta: typing.Mapping[str, Any]) -> Callable[[str], float | None]:
+    """A parser of the numbers of a flag, and of "auto", which gives None, where it is allowed."""
+    parse = bounded(kind, **meta["bounds"])
+    if not meta["or_auto"]:
+        return parse
+
+    def parse_or_auto(text: str) -> float | None:
+        return None if text == "auto" else parse(text)
+
+    parse_or_auto.__name__ = f"{kind.__name__} or auto"  # argparse names it in "invalid int or auto value"
+    return parse_or_auto
 
 
 def bounded(
@@ -485,6 +502,8 @@ def value_name(owner: type, field: dataclasses.Field) -> str:
         return "" if owner is Config else " {1,0}"
     if field.metadata["choices"]:
         return f" {{{','.join(field.metadata['choices'])}}}"
+    if field.metadata["or_auto"]:
+        return " {auto,N}"
     return {int: " N", float: " X"}.get(kind, " TEXT")
 
 

@@ -380,10 +380,10 @@ def set_up_and_train(config: Config) -> int:
         llm: LLM = load_llm(run.checkpoint or model_path, *how)
         refuse_unfit_model(config, llm, loader.dataset, test_set)
         prepare_training(config, llm)
-        config = config.with_steps(loader.steps_per_epoch, test_set.max_turns)
         apart = config.objective.beta and not (config.lora_rank or config.eval_only)  # adapters can be disabled instead
         reference = load_llm(model_path, *how) if apart else None
-        run.open(config, llm, reference, loader.dataset, test_set)
+        config = config.with_steps(loader.steps_per_epoch, test_set.max_turns)
+        config = run.open(config, llm, reference, loader.dataset, test_set)
         if config.eval_only:
             return run.finish_evaluation(*evaluate(config, Sampler(llm), test_set, evaluator))
         frozen = reference.model.requires_grad_(False) if reference else llm.model if config.objective.beta else None

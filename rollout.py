@@ -17,6 +17,7 @@ S = P + T cache slots, L layers, D head size, V vocabulary, b rows still decodin
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -186,13 +187,15 @@ class Rollout:
             seconds or {},
         )
 
-    def micro_batches(self, budget: int) -> list[list[int]]:
-        """Cut the rows into micro-batches of at most `budget` tokens, padding included; the gradient stays the same.
+    def micro_batches(self, budget: int | None) -> list[list[int]]:
+        """Cut the rows into micro-batches of at most `budget` tokens (None: any number), padding included; the gradient
+        stays the same.
 
         A group's rows stay together where they fit, since their prompt is computed once per micro-batch. Groups, and
         rows within a group, are ordered by length, so that little is spent on padding.
         """
         lengths, width = self.completion_mask.sum(1).tolist(), self.prompt_ids.shape[1]
+        most = sys.maxsize if budget is None else budget
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         groups: dict[int, list[int]] = {prompt: [] for prompt in range(len(self.prompts))}
         for row in by_length:
@@ -204,10 +207,10 @@ class Rollout:
 
         batches: list[list[int]] = [[]]
         for group in sorted(groups.values(), key=lambda rows: lengths[rows[-1]]):
-            if batches[-1] and cost(batches[-1] + group) > budget:
+            if batches[-1] and cost(batches[-1] + group) > most:
                 batches.append([])
             for row in group:
-                if batches[-1] and cost([*batches[-1], row]) > budget:
+                if batches[-1] and cost([*batches[-1], row]) > most:
                     batches.append([])
                 batches[-1].append(row)
         return batches

@@ -27,6 +27,7 @@ import torch
 from config import Config
 from evaluator import RewardError, RewardEvaluator
 from llms import LLM
+from memory import plan_run
 from progress import PYTHON, Progress, setup_lines, summary_lines
 from reporting import Trackers, model_card, with_model_card
 from rldatasets import Dataset
@@ -37,11 +38,13 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-# Flags that change no number, which a resumed run may give anew.
+# Flags that change no number, rounding aside, which a resumed run may give anew.
 MAY_CHANGE = {
     *("max_steps", "eval_steps", "save_steps", "save_total_limit", "max_minutes", "log_completions_steps"),
     *("log_completions_groups", "report_to", "resume", "overwrite_output_dir", "output_dir", "eval_only"),
+    "micro_batch_tokens",
 }
+NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")  # in torch's RuntimeError of a CPU
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal or connection is closed; Windows has no such signal
 
 
@@ -100,9 +103,11 @@ class Run:
 
     # --- opening and resuming ---
 
-    def open(self, config: Config, llm: LLM, reference: LLM | None, train_set: Dataset, test_set: Dataset) -> None:
-        """Open the folder of a new run, or check that a resumed one has the flags, the model and the data it began
-        with. `config` has the number of steps by now."""
+    def open(self, config: Config, llm: LLM, reference: LLM | None, train_set: Dataset, test_set: Dataset) -> Config:
+        """Plan the memory; then open the folder of a new run, or check that a resumed one has the flags, the model and
+        the data it began with. `config` has the number of steps by now. Returns it with --micro_batch_tokens known."""
+        began = self.folder.read_config() if config.resume else {"flags": {}}
+        config, plan = plan_run(config, llm, reference, test_set, began["flags"].get("micro_batch_tokens"))
         self.config, self.llm = config, llm
         # what was loaded from --model_path; adapters are loaded with it
         original = reference or (llm if config.lora_rank or not self.checkpoint else None)
@@ -111,16 +116,16 @@ class Run:
         self.description = description
         self.saved = self.folder.load_trainer_state(self.checkpoint) if self.checkpoint else None
         if config.resume:
-            began = self.folder.read_config()
             refuse_other_flags(began, description)
             refuse_other_inputs(began, description)
             description["fingerprints"] = began.get("fingerprints", {}) | description["fingerprints"]
         else:
             self.folder.open_new(config.overwrite_output_dir, checkpoint_bytes(llm), description)
-        print(setup_lines(config, llm, len(train_set), len(test_set)), flush=True)
+        print(setup_lines(config, llm, len(train_set), len(test_set)), plan, sep="\n", flush=True)
         if config.resume and not config.eval_only:
             self.folder.truncate_after(self.saved["run"]["step"] if self.saved else -1)
             self.folder.write_config(description)
+        return config
 
     def start(self, **parts: Stateful | None) -> int:
         """Name the parts that a checkpoint holds, restore them on resuming, and listen for signals from now on.
@@ -416,10 +421,10 @@ def exit_status(work: Callable[[Config], int], config: Config) -> int:
 
 def explain(error: Exception, config: Config) -> str:
     """What went wrong, why, and what to do."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in NO_MEMORY):
         where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
         return (
-            f"{where} is out of memory: lower --micro_batch_tokens (now {config.micro_batch_tokens}), add "
+            f"{where} is out of memory: lower --micro_batch_tokens (now {config.micro_batch_tokens or 'auto'}), add "
             "--gradient_checkpointing, or lower --num_generations, --prompts_per_step or --max_completion_length "
             f"({(str(error).splitlines() or [''])[0]})"
         )
