@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from config import Config
     from rldatasets import Dataset
 
+PRIMITIVES = "64"  # kept by oneDNN, whose default is 1024: enough for all shapes of a micro-batch
 REAL_SIZE = 512  # hidden size from which --dtype auto takes bfloat16 on a CPU; the tiny models (128) stay in float32
 
 
@@ -52,8 +53,10 @@ def tune_cpu() -> None:
 
     Peaked attention yields denormal probabilities, which CPUs multiply about 100 times slower: flush them to zero.
     glibc returns large freed blocks to the system, which hands them out again page by page, filled with zeros, a tenth
-    of a step's time: keep blocks of up to KEPT_BYTES for the next step.
+    of a step's time: keep blocks of up to KEPT_BYTES for the next step. oneDNN keeps code for each shape of a bfloat16
+    product, and every micro-batch has new shapes: keep that of the newest PRIMITIVES only.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read by the first product
     torch.set_flush_denormal(True)
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from config import Config
 
-LARGE = 50_000_000  # trained parameters; for smaller models the pages are worth more in the heap than the memory
 ROWS = 4096  # of a gradient, added up at once
 
 
@@ -44,8 +41,6 @@ class MasterAdamW:
             for parameter, master, gradient in zip(self.parameters, self.masters, gradients, strict=True):
                 master.copy_(parameter.detach())
                 parameter.register_post_accumulate_grad_hook(add_gradient_to(master, gradient))
-        size = sum(parameter.numel() for parameter in self.parameters)
-        self.gives_back = self.masters[0].device.type == "cpu" and size >= LARGE
         self.adamw = torch.optim.AdamW(
             self.masters,
             lr=config.learning_rate,
@@ -71,8 +66,6 @@ class MasterAdamW:
             self.adamw.step()
             self.copy_to_model()
         self.adamw.zero_grad(set_to_none=True)
-        if self.gives_back:
-            give_freed_memory_back()
         self.skipped_steps = 0 if finite else self.skipped_steps + 1
         return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": self.skipped_steps}
 
@@ -98,13 +91,6 @@ class MasterAdamW:
             master.copy_(saved)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
         self.skipped_steps = state["skipped_steps"]
-
-
-def give_freed_memory_back() -> None:
-    """Return freed pages to the system. Micro-batches of ever different lengths leave holes in the heap of glibc, which
-    otherwise grow from step to step."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def zeros_in_one_block(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

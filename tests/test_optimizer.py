@@ -2,9 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import small_config
 
-import optimizer
 from optimizer import MasterAdamW, learning_rate, sync_reference
 
 FINITE = torch.tensor(0.0)  # a loss
@@ -193,37 +189,3 @@ def test_the_reference_moves_towards_the_model(alpha):
     sync_reference(reference, model, alpha)
     torch.testing.assert_close(reference.weight, expected)
     assert torch.equal(model.weight, kept)
-
-
-def test_a_large_model_gives_freed_memory_back(monkeypatch):
-    given_back = []
-    monkeypatch.setattr(optimizer, "give_freed_memory_back", lambda: given_back.append(True))
-    for largest_small, expected in ((3, []), (2, [True])):
-        monkeypatch.setattr(optimizer, "LARGE", largest_small)
-        model = layer()
-        made = optimizer_of(model)
-        model(torch.ones(1, 2)).sum().backward()
-        made.step(FINITE)
-        assert given_back == expected
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_freed_memory_returns_to_the_system():
-    """Blocks that glibc keeps in its heap, with a live one between any two, so that the heap cannot shrink."""
-    code = """
-import ctypes, torch, optimizer, llms
-llms.tune_cpu()
-resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-blocks = [torch.ones(2**20) for _ in range(100)]
-kept = blocks[1::2]
-del blocks
-before = resident()
-optimizer.give_freed_memory_back()
-print((before - resident()) / 2**20)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(optimizer.__file__).parent
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 150  # of the 200 MB that were freed
