@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from config import Config
     from rldatasets import Dataset
 
-PRIMITIVES = "64"  # kept by oneDNN, whose default is 1024: enough for all shapes of a micro-batch
+PRIMITIVES = "64"  # whose code oneDNN keeps; its default is 1024
 REAL_SIZE = 512  # hidden size from which --dtype auto takes bfloat16 on a CPU; the tiny models (128) stay in float32
 
 
@@ -238,7 +238,17 @@ def load_llm(
     refuse_unfit_tokenizer(llm)
     report_other_tokenizer(llm)
     check_numbers(llm)
+    if on.type == "cpu":
+        copy_from_file(model)
     return llm
+
+
+def copy_from_file(model: Any) -> None:
+    """Copy the weights that are parts of the mapped file. The trial of the sampler has copied the others (see
+    rollout.fused_weights), and as long as one part is in use, the pages of the whole file count as the process's."""
+    for weight in model.parameters():
+        if weight.untyped_storage().nbytes() == weight.nbytes:
+            weight.data = weight.data.clone()
 
 
 def load_adapter(folder: str | os.PathLike, settings: dict[str, Any], *how: Any) -> LLM:

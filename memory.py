@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import layers
 from logprobs import BLOCK, KEPT_BYTES, LOGIT_TILE_BYTES, uses_fast_layers
 from prompts import encode_prompts
 
@@ -47,7 +48,7 @@ class Shape:
         query_norm: queries and keys are normalized, as in Qwen3. fast: the loss runs layers.py.
         eager: attention keeps its scores, of so many heads (0: it does not).
         prompt: tokens of the longest prompt. patches: of the pictures of one prompt. tower: kept elements per patch.
-        libraries: what the process holds besides its models.
+        packed: weights that decoding copies into another layout. libraries: what the process holds besides its models.
     """
 
     parameters: int
@@ -68,28 +69,41 @@ class Shape:
     prompt: int = 128
     patches: int = 0
     tower: int = 0
+    packed: int = 0
     libraries: int = OTHER_LIBRARIES
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part. Sampling and the loss take turns, so the peak counts the larger of the two."""
+    """Bytes by part. Sampling and the loss take turns, so the peak counts the larger of the two.
+
+    Attributes:
+        masters: float32 copies of weights in bfloat16, and `gradients` theirs, which last; those of float32 weights are
+            freed by each update. packed_weights: copies of the decoder's weights for sampling (layers.product), whose
+            memory stays in gaps that activations seldom fit into. newest_gradients: of one micro-batch.
+        sampling: what a call of the sampler needs besides the key-value cache. activations, logits: of one micro-batch.
+    """
 
     libraries: int
     weights: int
-    float32_copies: int
+    masters: int
     gradients: int
     moments: int
     reference: int
-    cache: int
+    key_value_cache: int
+    packed_weights: int
     sampling: int
+    newest_gradients: int
     activations: int
     logits: int
 
     @property
     def peak(self) -> int:
-        lasting = self.libraries + self.weights + self.float32_copies + self.moments + self.reference + self.cache
-        return lasting + max(self.sampling, self.gradients + self.activations + self.logits)
+        gradients_last = self.masters > 0
+        loss = self.newest_gradients + self.activations + self.logits + (0 if gradients_last else self.gradients)
+        lasting = self.libraries + self.weights + self.masters + self.moments + self.reference
+        lasting += self.key_value_cache + self.packed_weights + (self.gradients if gradients_last else 0)
+        return lasting + max(self.sampling, loss)
 
 
 @dataclass(frozen=True)
@@ -115,14 +129,15 @@ def estimate(config: Config, shape: Shape, tokens: int) -> Plan:
     return Plan(
         libraries=shape.libraries,
         weights=shape.parameters * shape.size,
-        float32_copies=4 * moved if half else 0,
-        # The gradients of all weights, and beside them the newest one of the head. A tied embedding has two: the
-        # lookup's, added to the head's when the backward pass ends.
-        gradients=moved * max(4, shape.size) + head * (2 if shape.tied else 1),
+        masters=4 * moved if half else 0,
+        gradients=moved * max(4, shape.size),
         moments=2 * moved * max(4, shape.size),
         reference=shape.parameters * shape.size if training and has_reference(config) else 0,
-        cache=cache_bytes(config, shape),
+        key_value_cache=cache_bytes(config, shape),
+        packed_weights=shape.packed * shape.size,
         sampling=sampling_bytes(config, shape),
+        # The head's is the largest. A tied embedding has two: the lookup's is added when the backward pass ends.
+        newest_gradients=head * (2 if shape.tied else 1),
         activations=activation_bytes(config, shape, tokens) if training else 0,
         logits=logit_bytes(shape, tokens) if training else 0,
     )
@@ -150,13 +165,15 @@ def cache_bytes(config: Config, shape: Shape) -> int:
 
 
 def sampling_bytes(config: Config, shape: Shape) -> int:
-    """The prompts' own keys and values, and one layer over the prompts or the logits of one token of each row."""
+    """The prompts' own keys and values, and one layer over the prompts or the logits of one token of each row, with
+    a packed copy of the output embedding where the decoder's weights have one."""
     rows, prompts = rows_and_prompts(config)
     read = prompts * shape.prompt  # tokens
     own = read * shape.layers * 2 * shape.keys * shape.size
     layer = read * shape.size * (3 * shape.inner + 4 * shape.hidden + 2 * shape.queries)
     logits = rows * shape.vocabulary * (shape.size + 3 * 4)  # raw; float32, log-probabilities, and their sums
-    return own + max(layer, logits)
+    head = shape.vocabulary * shape.hidden * shape.size if shape.packed else 0
+    return own + max(layer, logits + head)
 
 
 def loss_tokens(config: Config, shape: Shape, tokens: int) -> int:
@@ -282,7 +299,8 @@ def shape_of(config: Config, llm: LLM, reference: LLM | None, dataset: Dataset) 
     prompts = encode_prompts(llm, [dataset[i] for i in range(min(PROMPTS_LOOKED_AT, len(dataset)))])
     heads = largest(getattr(text, "num_attention_heads", 1))
     head_size = getattr(text, "head_dim", None) or head.shape[1] // heads
-    process = held()
+    packed = packed_weights(llm)
+    process = max(held() - weights - packed * llm.dtype.itemsize, 0)  # the trial of the sampler has packed them already
     return Shape(
         parameters=llm.num_parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -302,11 +320,20 @@ def shape_of(config: Config, llm: LLM, reference: LLM | None, dataset: Dataset) 
         prompt=min(config.max_prompt_length, int(LONGER * max(prompts.lengths))),
         patches=max((len(one["pixel_values"]) for one in prompts.vision if one), default=0),
         tower=tower_elements(getattr(model.config, "vision_config", None)),
-        libraries=0 if llm.device.type == "cuda" else max(process - weights, 0) + FILES if process else OTHER_LIBRARIES,
+        packed=packed,
+        libraries=0 if llm.device.type == "cuda" else process + FILES if process else OTHER_LIBRARIES,
     )
 
 
-FILES = GB // 4  # of libraries, mapped into the process: resident, but the system can drop them
+def packed_weights(llm: LLM) -> int:
+    """The elements that the sampler copies into oneDNN's layout for each call: see layers.product."""
+    if not (layers.packs(llm.device, llm.dtype) and layers.has_fast_layers(llm.model)):
+        return 0
+    decoder = layers.text_model_of(llm.model).layers
+    return sum(weight.numel() for weight in decoder.parameters())
+
+
+FILES = int(0.3 * GB)  # of libraries, mapped into the process: resident, but the system can drop them
 
 
 def largest(value: int | Sequence[int]) -> int:
@@ -327,8 +354,9 @@ def tower_elements(vision: Any) -> int:
 def choose(config: Config, shape: Shape, room: Room | None, began: int | None = None) -> tuple[Config, Plan]:
     """The settings with --micro_batch_tokens as a number, and their plan.
 
-    A number that was given stays. `auto` is the number that a resumed run began with, if that fits; else the largest of
-    CHOICES that fits, whose activations are at most CPU_ACTIVATIONS on a CPU.
+    A number that was given stays, and so does the one that a resumed run began with: another would change the order in
+    which gradients are added, and so the rounding. `auto` is else the largest of CHOICES that fits, whose activations
+    are at most CPU_ACTIVATIONS on a CPU.
 
     Raises:
         OutOfMemory: not even the smallest choice fits, or a given number needs more than the machine has.
@@ -337,14 +365,12 @@ def choose(config: Config, shape: Shape, room: Room | None, began: int | None = 
     def planned(tokens: int) -> tuple[Config, Plan]:
         return dataclasses.replace(config, micro_batch_tokens=tokens), estimate(config, shape, tokens)
 
-    given = config.micro_batch_tokens
+    given = config.micro_batch_tokens or began
     if given is not None:
         found = planned(given)
         if room and found[1].peak > room.total:
             raise OutOfMemory(refusal(config, shape, room, given))
         return found
-    if began is not None and (room is None or room.holds(planned(began)[1])):
-        return planned(began)
     for tokens in CHOICES:
         found = planned(tokens)
         modest = not shape.on_cpu or found[1].activations <= CPU_ACTIVATIONS or tokens == CHOICES[-1]
@@ -362,7 +388,7 @@ def refusal(config: Config, shape: Shape, room: Room, tokens: int) -> str:
     helpful = f"these flags need less: {helpful}; or " if helpful else ""
     return (
         f"this run needs about {in_gb(plan.peak)} even with --micro_batch_tokens {tokens} (weights and optimizer "
-        f"{in_gb(plan.weights + plan.float32_copies + plan.gradients + plan.moments)}), and {in_gb(room.free)} of "
+        f"{in_gb(plan.weights + plan.masters + plan.gradients + plan.moments)}), and {in_gb(room.free)} of "
         f"{in_gb(room.total)} are free for it: {helpful}choose a smaller model"
     )
 
@@ -391,26 +417,28 @@ def savings(config: Config, shape: Shape, tokens: int) -> dict[str, int]:
 
 def plan_run(
     config: Config, llm: LLM, reference: LLM | None, dataset: Dataset, began: int | None = None
-) -> tuple[Config, str]:
-    """The settings with --micro_batch_tokens as a number, and lines about the plan. See `choose` for `began` and
-    errors."""
+) -> tuple[Config, dict[str, float], str]:
+    """The settings with --micro_batch_tokens as a number, the plan in GB as config.json keeps it, and lines about it.
+    See `choose` for `began` and errors."""
     shape, room = shape_of(config, llm, reference, dataset), room_of(llm.device)
     resolved, plan = choose(config, shape, room, began)
-    return resolved, plan_lines(config, resolved.micro_batch_tokens, plan, room)
+    sizes = {"peak": plan.peak} | ({"free": room.free} if room else {}) | dataclasses.asdict(plan)
+    how = "as given" if config.micro_batch_tokens else "as the run began" if began else "auto"
+    text = plan_lines(resolved, how, plan, room)
+    return resolved, {name: round(size / GB, 3) for name, size in sizes.items()}, text
 
 
-def plan_lines(config: Config, tokens: int, plan: Plan, room: Room | None) -> str:
-    """The plan, for people; with a warning if it leaves less than MARGIN free."""
+def plan_lines(config: Config, how: str, plan: Plan, room: Room | None) -> str:
+    """The plan, for people; with a warning if it leaves less than MARGIN free. `how` the number was chosen."""
     parts = {name.replace("_", " "): size for name, size in dataclasses.asdict(plan).items() if size >= GB / 200}
     lines = [f"memory: about {in_gb(plan.peak)} at the peak" + (f", {in_gb(room.free)} free" if room else "")]
     lines[0] += f": {', '.join(f'{name} {size / GB:.2f}' for name, size in parts.items())}"
     if not config.eval_only:
-        how = "auto" if config.micro_batch_tokens is None else "as given"
-        lines.append(f"micro-batches of up to {tokens:,} tokens ({how})")
+        lines.append(f"micro-batches of up to {config.micro_batch_tokens:,} tokens ({how})")
     if room and not room.holds(plan):
         lines.append(
             f"warning: this leaves less than {MARGIN:.0%} of the free memory, so the run may end for lack of it; "
-            f"--micro_batch_tokens auto takes what fits"
+            "smaller --micro_batch_tokens need less"
         )
     return "\n".join(lines)
 

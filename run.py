@@ -107,11 +107,12 @@ class Run:
         """Plan the memory; then open the folder of a new run, or check that a resumed one has the flags, the model and
         the data it began with. `config` has the number of steps by now. Returns it with --micro_batch_tokens known."""
         began = self.folder.read_config() if config.resume else {"flags": {}}
-        config, plan = plan_run(config, llm, reference, test_set, began["flags"].get("micro_batch_tokens"))
+        kept = began["flags"].get("micro_batch_tokens")
+        config, planned, plan_text = plan_run(config, llm, reference, test_set, kept)
         self.config, self.llm = config, llm
         # what was loaded from --model_path; adapters are loaded with it
         original = reference or (llm if config.lora_rank or not self.checkpoint else None)
-        description = describe_run(config, llm, self.evaluator)
+        description = describe_run(config, llm, self.evaluator) | {"planned_memory_gb": planned}
         description["fingerprints"] = fingerprints(config, original, train_set, test_set)
         self.description = description
         self.saved = self.folder.load_trainer_state(self.checkpoint) if self.checkpoint else None
@@ -121,7 +122,7 @@ class Run:
             description["fingerprints"] = began.get("fingerprints", {}) | description["fingerprints"]
         else:
             self.folder.open_new(config.overwrite_output_dir, checkpoint_bytes(llm), description)
-        print(setup_lines(config, llm, len(train_set), len(test_set)), plan, sep="\n", flush=True)
+        print(setup_lines(config, llm, len(train_set), len(test_set)), plan_text, sep="\n", flush=True)
         if config.resume and not config.eval_only:
             self.folder.truncate_after(self.saved["run"]["step"] if self.saved else -1)
             self.folder.write_config(description)

@@ -42,7 +42,7 @@ def run(tmp_path, monkeypatch):
     config = small_config(f"--output_dir {tmp_path}/run --max_steps 10 --max_skipped_steps 2")
     monkeypatch.setattr(run_module, "describe_run", lambda config, llm, evaluator: {"flags": config.flags()})
     monkeypatch.setattr(run_module, "setup_lines", lambda *args: "")
-    monkeypatch.setattr(run_module, "plan_run", lambda config, *args: (config, ""))
+    monkeypatch.setattr(run_module, "plan_run", lambda config, *args: (config, {}, ""))
     llm = types.SimpleNamespace(model=torch.nn.Linear(2, 5), device=torch.device("cpu"), dtype=torch.float32)
     monkeypatch.setattr(run_module, "fingerprints", lambda *args: {})
     with Run(config, get_evaluator("arithmetic")) as run:
