@@ -238,15 +238,14 @@ def load_llm(
     refuse_unfit_tokenizer(llm)
     report_other_tokenizer(llm)
     check_numbers(llm)
-    if on.type == "cpu":
-        copy_from_file(model)
+    copy_from_file(model)
     return llm
 
 
 def copy_from_file(model: Any) -> None:
-    """Copy the weights that are parts of the mapped file. The trial of the sampler has copied the others (see
+    """On a CPU, copy the weights that are parts of the mapped file. The trial of the sampler has copied the others (see
     rollout.fused_weights), and as long as one part is in use, the pages of the whole file count as the process's."""
-    for weight in model.parameters():
+    for weight in model.parameters() if model.device.type == "cpu" else ():
         if weight.untyped_storage().nbytes() == weight.nbytes:
             weight.data = weight.data.clone()
 
