@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import parallel
 from environments import Episode, Turn
 from evaluator import Completion, RewardEvaluator
 from prompts import plain_text
@@ -126,7 +127,7 @@ def score(examples: list[Example], rollout: Rollout, evaluator: RewardEvaluator)
     """Score the completions of Q examples -> the batch, and the task's metrics. Only what the model wrote is scored."""
     completions = [evaluator.parse_episode(texts) for texts in rollout.texts_of_turns]  # B
     answers = [example.answer for example in examples for _ in range(rollout.num_generations)]  # B
-    rewards, metrics = evaluator.compute_rewards(completions, answers)  # (B, K)
+    rewards, metrics = parallel.on_first(evaluator.compute_rewards, completions, answers)  # (B, K)
     return Batch(examples, rollout, completions, rewards), metrics
 
 

@@ -29,7 +29,8 @@ from tiny_models import MAX_CONTEXT, RECIPES
 
 PROJECT = Path(__file__).with_name("pyproject.toml")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")  # names of transformers, and of the packages
-LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # torchrun and accelerate, Open MPI, MPICH
+LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # several, Open MPI, MPICH
+TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # the variables that it sets
 
 
 def flag(
@@ -207,6 +208,9 @@ class Config:
         "attention; auto: flash-attn if installed on CUDA, else torch's scaled-dot-product attention",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
+    fsdp_size: int = flag(
+        1, "under torchrun: divide the training state among so many processes (1: each holds all of it)", 1
+    )
     device: str | None = flag(None, "cuda, mps or cpu (default: the first available)")
     seed: int = flag(0, "seed of the order of the data and of sampling", 0, 2**32 - 1)
 
@@ -267,7 +271,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if given["sync_ref_model"] and not given["objective"].beta:
         parser.error("--sync_ref_model needs a reference model, which is loaded only with --beta above 0")
     refuse_adapters(parser, given)
-    refuse_launchers(parser)
+    refuse_processes(parser, given)
     refuse_old_packages(parser)
     refuse_short_context(parser, given)
     if given["attn_implementation"] == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -320,11 +324,33 @@ def refuse_adapters(parser: Parser, given: dict[str, Any]) -> None:
         parser.error("--sync_ref_model changes the reference, which with --lora_rank is the frozen base model: use one")
 
 
-def refuse_launchers(parser: Parser) -> None:
-    """Several processes would train the same model in the same folder."""
-    for name in LAUNCHERS:
-        if (size := os.environ.get(name, "")).isdigit() and int(size) > 1:
-            parser.error(f"a launcher started {size} processes ({name}={size}), but a run is one process: use python")
+def launched() -> bool:
+    """Did torchrun start this process, possibly as the only one?"""
+    return os.environ.keys() >= TORCHRUN
+
+
+def refuse_processes(parser: Parser, given: dict[str, Any]) -> None:
+    """Processes that torchrun did not start would train the same model in the same folder. Those that it started share
+    the prompts of a step equally."""
+    size = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    for name in () if launched() else LAUNCHERS:
+        if (found := os.environ.get(name, "")).isdigit() and int(found) > 1:
+            parser.error(f"a launcher started {found} processes ({name}={found}): start them with torchrun instead")
+    prompts, parts, device = given["prompts_per_step"], given["fsdp_size"], given["device"]
+    if prompts % size:
+        near = [str(size * times) for times in (prompts // size, prompts // size + 1) if times]
+        sizes = ", ".join(str(number) for number in range(1, prompts + 1) if prompts % number == 0)
+        parser.error(
+            f"{size} processes cannot share --prompts_per_step {prompts} equally: choose {' or '.join(near)} prompts, "
+            f"or one of {sizes} processes"
+        )
+    if size % parts:
+        sizes = ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
+        parser.error(f"--fsdp_size {parts} does not divide the {size} processes of this run: choose from {sizes}")
+    if parts > 1 and given["lora_rank"]:
+        parser.error("--fsdp_size divides the training state, which with --lora_rank is small: leave it out")
+    if size > 1 and device not in (None, "cuda", "cpu"):
+        parser.error(f"--device {device} is for one process: several need cuda, a GPU for each, or cpu")
 
 
 def refuse_old_packages(parser: Parser) -> None:
@@ -372,7 +398,8 @@ class Parser(argparse.ArgumentParser):
             known = [option for option in self._option_string_actions if option.startswith("--")]
             hint = did_you_mean(name.split("=")[0], known)
             message = f"there is no flag {name}; {hint if hint.startswith('did') else 'see --help'}"
-        print(f"main.py: {message}", file=sys.stderr)
+        if not (launched() and int(os.environ["RANK"])):  # of several processes one says it
+            print(f"main.py: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 

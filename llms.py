@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging
 
 import adapters
+import parallel
 import turns
 from environments import Observation
 from logprobs import KEPT_BYTES
@@ -79,6 +80,7 @@ class LLM:
         excluded_token_ids: ids that are never sampled and left out of the softmax: image and video placeholders, which
             would break the next forward pass.
         chat_template_kwargs: keywords for the chat template, such as enable_thinking.
+        sharded: a copy of the model that is divided among several processes (parallel.py), or None.
     """
 
     model: Any
@@ -91,6 +93,12 @@ class LLM:
     attn_implementation: str
     name: str
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    sharded: Any = None
+
+    @property
+    def trained(self) -> Any:
+        """The weights that the loss is computed with."""
+        return self.model if self.sharded is None else self.sharded
 
     @property
     def device(self) -> torch.device:
@@ -304,10 +312,12 @@ def placeholder_ids(config: Any) -> tuple[int, ...]:
 
 
 def prepare_training(config: Config, llm: LLM) -> None:
-    """Add what the flags ask for: adapters, and gradient checkpointing."""
+    """Add what the flags ask for: adapters, gradient checkpointing, and a copy divided among several processes."""
     adapters.prepare(config, llm)
     if config.gradient_checkpointing:
         recompute_activations(llm.model)
+    if config.fsdp_size > 1 and not config.eval_only:
+        parallel.shard(llm, config.fsdp_size)
 
 
 def recompute_activations(model: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import adapters
 import layers
+import parallel
 from prompts import Prompts
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def token_logps_and_entropy(
     flow back through them. With `share_prompt=False` every row carries a copy of its prompt: slower and equal, for
     gradient checkpointing, which recomputes layers and cannot keep a cache. The entropy carries no gradient.
     """
-    model = llm.model if model is None else model
+    model = llm.trained if model is None else model
     rows = list(range(len(rollout.completion_ids))) if rows is None else list(rows)
     mask, padded = rollout.completion_mask[rows], rollout.sampled_mask[rows]  # (B, T) each
     length = int(mask.sum(1).max()) if rows else 0
@@ -68,10 +69,14 @@ def token_logps_and_entropy(
     vision = [rollout.vision[row] for row in rows] if rollout.vision else []
     hidden_of: Callable = hidden_states if share_prompt else hidden_states_unshared
     prompt_of_row = [rollout.prompt_of_row[row] for row in rows]
-    hidden: Tensor = hidden_of(model, rollout.prompts, prompt_of_row, ids, mask, positions, vision)  # (B, T, H)
-    # Only at sampled tokens: a placeholder of an observation's picture has log-probability −inf.
-    weight, excluded = model.get_output_embeddings().weight, llm.excluded_mask()  # (V, H), (V,)
-    logps, entropy = BlockedLogps.apply(hidden[sampled], weight, ids[sampled], temperature, excluded)  # (N,), (N,)
+
+    def compute() -> tuple[Tensor, Tensor]:  # (N,) each
+        hidden = hidden_of(model, rollout.prompts, prompt_of_row, ids, mask, positions, vision)  # (B, T, H)
+        # Only at sampled tokens: a placeholder of an observation's picture has log-probability −inf.
+        weight, excluded = model.get_output_embeddings().weight, llm.excluded_mask()  # (V, H), (V,)
+        return BlockedLogps.apply(hidden[sampled], weight, ids[sampled], temperature, excluded)
+
+    logps, entropy = parallel.forward(model, compute)
     zeros = torch.zeros(padded.shape, device=padded.device, dtype=logps.dtype)
     return zeros.masked_scatter(padded, logps), zeros.masked_scatter(padded, entropy)
 

@@ -33,6 +33,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+import parallel
 from batch import Batch, evaluation_metrics, score
 from evaluator import Completion, RewardEvaluator, get_evaluator
 from llms import LLM, load_llm, pick_device, prepare_training, refuse_unfit_config, refuse_unfit_model
@@ -40,7 +41,7 @@ from logprobs import masked_mean, reference_logps, token_logps_and_entropy
 from optimizer import MasterAdamW, sync_reference
 from prompts import encode_prompts
 from rldatasets import Dataset, TrainLoader, get_dataloaders
-from rollout import Rollout, Sampler
+from rollout import Rollout, Sampler, pick_sampler
 from run import Run, due, exit_status
 from tiny_models import tiny_model
 
@@ -142,11 +143,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k3") -> Tens
 
 def loss_divisor(objective: Objective, mask: Tensor, max_length: int) -> float:
     """What the sum over a whole step's tokens is divided by; mask (B, T) of all its rows, of at most `max_length`."""
-    divisors = {
-        "completions": len(mask),
-        "tokens": max(1, int(mask.sum())),
-        "max_length": len(mask) * max_length,
-    }
+    divisors = {"completions": len(mask), "tokens": max(1, int(mask.sum())), "max_length": len(mask) * max_length}
     return float(divisors[objective.normalizer])
 
 
@@ -229,10 +226,10 @@ def accumulate_gradients(
     """
     loss: Tensor = torch.zeros((), device=llm.device)
     sums: dict[str, tuple] = {}
-    llm.model.train(config.gradient_checkpointing)  # transformers recomputes layers in train mode only; no dropout
+    llm.trained.train(config.gradient_checkpointing)  # transformers recomputes layers in train mode only; no dropout
     divisor = loss_divisor(config.objective, mask, config.max_episode_length)  # the same for all micro-batches
     all_logps = torch.zeros_like(rollout.sampler_logps)  # (B, T)
-    for rows in rollout.micro_batches(config.micro_batch_tokens):
+    for rows, factor in parallel.padded(rollout.micro_batches(config.micro_batch_tokens), llm.sharded):
         logps, entropy = token_logps_and_entropy(
             llm, rollout, config.temperature, rows, share_prompt=not config.gradient_checkpointing
         )  # (b, T), (b, T)
@@ -242,15 +239,16 @@ def accumulate_gradients(
         drift = old - rollout.sampler_logps[rows]  # (b, T) rounding: the sampler computes in another order
         weights = drift.exp().clamp(max=config.correction_cap) if config.importance_sampling_correction else None
         part, stats = grpo_loss(logps, old, ref, advantages[rows], mask[rows], config.objective, divisor, weights)
-        part.backward()
-        loss = loss + part.detach()
+        (factor * part).backward()
+        loss = loss + factor * part.detach()
         sampled = rollout.sampled_mask[rows]  # (b, T)
         stats |= {"entropy": masked_mean(entropy, sampled), "sampler_logp_diff": masked_mean(drift.abs(), sampled)}
         for name, mean in stats.items():  # the mean over the step: the micro-batches' means, weighted by their tokens
-            count = (sampled if name in ("entropy", "sampler_logp_diff") else mask[rows]).sum()
+            count = factor * (sampled if name in ("entropy", "sampler_logp_diff") else mask[rows]).sum()
             total, tokens = sums.get(name, (0.0, 0))
             sums[name] = (total + mean * count, tokens + count)
-    llm.model.eval()  # the sampler needs the key-value cache, which transformers drops in train mode
+    llm.trained.eval()  # the sampler needs the key-value cache, which transformers drops in train mode
+    loss, sums = parallel.total((loss, sums))
     return loss, {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}, all_logps
 
 
@@ -269,7 +267,7 @@ def train(
 ) -> None:
     """Train until --max_steps, a signal or --max_minutes; evaluate, log and save along the way."""
     objective = config.objective
-    optimizer, sampler = MasterAdamW(llm.model, config), Sampler(llm, config.seed)
+    optimizer, sampler = MasterAdamW(llm.model, config, llm.sharded), pick_sampler(llm, config.seed)
     step = run.start(
         optimizer=optimizer, sampler=sampler, loader=loader, reference=reference if config.sync_ref_model else None
     )
@@ -338,11 +336,12 @@ def evaluate(
     the same in every evaluation. Prompts longer than --max_prompt_length are left out and counted.
     """
     start, k = time.perf_counter(), config.eval_samples
+    size = config.eval_batch_size * parallel.size()  # prompts that all processes evaluate at once
     batches: list[Batch] = []
     samples: list[list[Completion]] = []  # k further answers to each question
     with sampler.seeded(0):
-        for first in range(0, len(test_set), config.eval_batch_size):
-            examples = [test_set[i] for i in range(first, min(first + config.eval_batch_size, len(test_set)))]
+        for first in range(0, len(test_set), size):
+            examples = [test_set[i] for i in range(first, min(first + size, len(test_set)))]
             prompts = encode_prompts(sampler.llm, examples)
             fitting = [i for i, length in enumerate(prompts.lengths) if length <= config.max_prompt_length]
             if not fitting:
@@ -376,7 +375,8 @@ def set_up_and_train(config: Config) -> int:
         )
         check = functools.partial(refuse_unfit_config, config, test_set)
         how = (pick_device(config.device), config.dtype, config.attn_implementation, config.chat_template_kwargs, check)
-        model_path = str(tiny_model(config.dataset_name, *data)) if config.model_path == "tiny" else config.model_path
+        tiny = config.model_path == "tiny"
+        model_path = str(parallel.on_first(tiny_model, config.dataset_name, *data)) if tiny else config.model_path
         llm: LLM = load_llm(run.checkpoint or model_path, *how)
         refuse_unfit_model(config, llm, loader.dataset, test_set)
         prepare_training(config, llm)
@@ -385,7 +385,7 @@ def set_up_and_train(config: Config) -> int:
         config = config.with_steps(loader.steps_per_epoch, test_set.max_turns)
         config = run.open(config, llm, reference, loader.dataset, test_set)
         if config.eval_only:
-            return run.finish_evaluation(*evaluate(config, Sampler(llm), test_set, evaluator))
+            return run.finish_evaluation(*evaluate(config, pick_sampler(llm), test_set, evaluator))
         frozen = reference.model.requires_grad_(False) if reference else llm.model if config.objective.beta else None
         train(config, llm, frozen, loader, test_set, evaluator, run)
         return run.finish()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import layers
+import parallel
 from logprobs import BLOCK, KEPT_BYTES, LOGIT_TILE_BYTES, uses_fast_layers
 from prompts import encode_prompts
 
@@ -126,18 +127,21 @@ def estimate(config: Config, shape: Shape, tokens: int) -> Plan:
     training, half = not config.eval_only, shape.size == 2
     moved = shape.trained if training else 0
     head = shape.vocabulary * shape.hidden * shape.size if training and shape.head_trained else 0
+    parts = 1 if config.eval_only else config.fsdp_size  # processes that divide the training state
+    gathered = 2 * shape.size * moved if shape.fast else 2 * (head + 2 * shape.size * moved // shape.layers)
     return Plan(
         libraries=shape.libraries,
         weights=shape.parameters * shape.size,
-        masters=4 * moved if half else 0,
-        gradients=moved * max(4, shape.size),
-        moments=2 * moved * max(4, shape.size),
+        masters=4 * moved // parts if half or parts > 1 else 0,
+        gradients=moved * max(4, shape.size) // parts,
+        moments=2 * moved * max(4, shape.size) // parts,
         reference=shape.parameters * shape.size if training and has_reference(config) else 0,
         key_value_cache=cache_bytes(config, shape),
         packed_weights=shape.packed * shape.size,
         sampling=sampling_bytes(config, shape),
-        # The head's is the largest. A tied embedding has two: the lookup's is added when the backward pass ends.
-        newest_gradients=head * (2 if shape.tied else 1),
+        # The head's is the largest. A tied embedding has two: the lookup's is added when the backward pass ends. Of a
+        # divided model, the weights that are whole at once and their gradients.
+        newest_gradients=head * (2 if shape.tied else 1) if parts == 1 else gathered,
         activations=activation_bytes(config, shape, tokens) if training else 0,
         logits=logit_bytes(shape, tokens) if training else 0,
     )
@@ -153,9 +157,8 @@ def rows_and_prompts(config: Config) -> tuple[int, int]:
     rows = config.eval_batch_size * max(1, config.eval_samples)
     if config.eval_only:
         return rows, config.eval_batch_size
-    return max(rows, config.prompts_per_step * config.num_generations), max(
-        config.eval_batch_size, config.prompts_per_step
-    )
+    prompts = config.prompts_per_step // parallel.size()
+    return max(rows, prompts * config.num_generations), max(config.eval_batch_size, prompts)
 
 
 def cache_bytes(config: Config, shape: Shape) -> int:
@@ -421,7 +424,11 @@ def plan_run(
     """The settings with --micro_batch_tokens as a number, the plan in GB as config.json keeps it, and lines about it.
     See `choose` for `began` and errors."""
     shape, room = shape_of(config, llm, reference, dataset), room_of(llm.device)
+    if room and shape.on_cpu:  # which the processes of this machine share
+        room = Room(room.free // parallel.local_size(), room.total // parallel.local_size())
     resolved, plan = choose(config, shape, room, began)
+    fewest = -int(parallel.most(-(resolved.micro_batch_tokens or 0)))  # the same number in all processes
+    resolved = dataclasses.replace(resolved, micro_batch_tokens=fewest)
     sizes = {"peak": plan.peak} | ({"free": room.free} if room else {}) | dataclasses.asdict(plan)
     how = "as given" if config.micro_batch_tokens else "as the run began" if began else "auto"
     text = plan_lines(resolved, how, plan, room)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import parallel
 from config import Config
 
 ROWS = 4096  # of a gradient, added up at once
@@ -19,7 +20,7 @@ class MasterAdamW:
 
     AdamW at 1e-6 moves a weight of 0.02 by about 1e-6, which bfloat16 would round to nothing. Gradients of
     micro-batches are also added up in float32, each parameter's as soon as it is complete. The copies of float32
-    weights are the weights themselves.
+    weights are the weights themselves. A `sharded` model holds the copies of several processes, a part in each.
 
     Copies, their gradients and the moments are allocated here and kept, each kind in one block of memory: allocated
     one by one between activations, which come and go, they would leave gaps too small for later activations, and the
@@ -30,12 +31,14 @@ class MasterAdamW:
         skipped_steps: steps in a row that were skipped because the loss or its gradient was not finite.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Config):
+    def __init__(self, model: torch.nn.Module, config: Config, sharded: torch.nn.Module | None = None):
         self.config, self.total_steps = config, config.max_steps
         self.steps = self.skipped_steps = 0
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.masters = self.parameters
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
+        if sharded is not None:
+            self.masters = [p for p in sharded.parameters() if p.requires_grad]
+        elif any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
             self.masters = zeros_in_one_block(self.parameters, torch.float32)
             gradients = zeros_in_one_block(self.parameters, torch.float32)
             for parameter, master, gradient in zip(self.parameters, self.masters, gradients, strict=True):
@@ -48,6 +51,8 @@ class MasterAdamW:
             weight_decay=config.weight_decay,
             fused=self.masters[0].device.type in ("cpu", "cuda"),
         )
+        if sharded is not None:
+            return
         moments = (zeros_in_one_block(self.masters, self.masters[0].dtype) for _ in range(2))
         for master, mean, square in zip(self.masters, *moments, strict=True):  # as torch would in the first step
             steps = torch.zeros((), device=master.device if self.adamw.defaults["fused"] else "cpu")
@@ -60,7 +65,9 @@ class MasterAdamW:
         rate = learning_rate(self.steps, self.total_steps, self.config)
         for group in self.adamw.param_groups:
             group["lr"] = rate
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or math.inf))
+        parallel.add_gradients(self.masters)
+        largest = self.config.max_grad_norm or math.inf
+        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(self.masters, largest)))
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             self.adamw.step()
@@ -71,24 +78,32 @@ class MasterAdamW:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        if self.masters is not self.parameters:
+        if parallel.is_divided(self.masters[0]):
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(parallel.whole(master))
+        elif self.masters is not self.parameters:
             torch._foreach_copy_(self.parameters, self.masters)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "adamw": self.adamw.state_dict(),
             "masters": None if self.masters is self.parameters else self.masters,
             "steps": self.steps,
             "total_steps": self.total_steps,
             "skipped_steps": self.skipped_steps,
         }
+        return parallel.whole_on_first(state)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave; the model's weights were loaded with the model."""
-        self.adamw.load_state_dict(state["adamw"])
+        moments = {
+            number: {name: parallel.divided_like(value, self.masters[number]) for name, value in found.items()}
+            for number, found in state["adamw"]["state"].items()
+        }
+        self.adamw.load_state_dict(state["adamw"] | {"state": moments})
         for master, saved in zip(self.masters, state["masters"] or (), strict=state["masters"] is not None):
-            master.copy_(saved)
+            master.copy_(parallel.divided_like(saved, master))
         self.steps, self.total_steps = state["steps"], state["total_steps"]
         self.skipped_steps = state["skipped_steps"]
 

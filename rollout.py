@@ -17,6 +17,7 @@ S = P + T cache slots, L layers, D head size, V vocabulary, b rows still decodin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 import zlib
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import adapters
 import layers
+import parallel
 import turns
+from config import launched
 from environments import Environment, Episode
 from logprobs import BLOCK, completion_positions, forward_prompts, keys_and_values
 from prompts import Prompts, decode_texts, encode_prompts
@@ -159,6 +163,13 @@ class Rollout:
             [episode for part in parts for episode in part.episodes],
         )
 
+    def to(self, device: torch.device) -> Rollout:
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        vision = [{name: tensor.to(device) for name, tensor in one.items()} for one in self.vision]
+        return dataclasses.replace(self, prompts=self.prompts.to(device), vision=vision, **tensors)
+
     def counted_positions(self) -> Tensor:
         """(3, B, T) or (B, T) `positions`, counted on from the prompt's where they are None."""
         if self.positions is not None:
@@ -188,8 +199,8 @@ class Rollout:
         )
 
     def micro_batches(self, budget: int | None) -> list[list[int]]:
-        """Cut the rows into micro-batches of at most `budget` tokens (None: any number), padding included; the gradient
-        stays the same.
+        """Cut the rows of this process into micro-batches of at most `budget` tokens (None: any number), padding
+        included; the gradient stays the same. Of several processes each gets as many groups, with about as many tokens.
 
         A group's rows stay together where they fit, since their prompt is computed once per micro-batch. Groups, and
         rows within a group, are ordered by length, so that little is spent on padding.
@@ -205,8 +216,9 @@ class Rollout:
             prompts = {row // self.num_generations for row in rows}
             return len(rows) * max(lengths[row] for row in rows) + width * len(prompts)
 
+        ordered = sorted(groups.values(), key=lambda rows: lengths[rows[-1]])
         batches: list[list[int]] = [[]]
-        for group in sorted(groups.values(), key=lambda rows: lengths[rows[-1]]):
+        for group in ordered[parallel.rank() :: parallel.size()]:
             if batches[-1] and cost(batches[-1] + group) > most:
                 batches.append([])
             for row in group:
@@ -252,7 +264,8 @@ class Sampler:
         hidden, cache = forward_prompts(llm.model, prompts)  # (Q, P, H)
         kept = None if has_sliding_window(cache) else keys_and_values(cache)  # before the decoder changes the cache
         decoder = self.roomy_decoder(len(prompts) * num_generations, prompts.ids.shape[1] + max_completion_length)
-        decoder.start(prompts, cache, num_generations, temperature, self.generator, ignore_eos)
+        uniform = self.uniform_numbers(range(len(prompts) * num_generations), 0, max_completion_length)
+        decoder.start(prompts, cache, num_generations, temperature, self.generator, ignore_eos, uniform)
         last = hidden[:, -1].repeat_interleave(num_generations, 0)  # (B, H); left-padded: -1 is the last prompt token
         ids, logps, lengths, finished = decoder.decode(last, max_completion_length)
         with torch.inference_mode(False):  # inference tensors cannot take part in autograd, but their clones can
@@ -282,13 +295,14 @@ class Sampler:
         """
         llm, prompts, G = self.llm, first.prompts, first.num_generations
         talks, rows = turns.begin(prompts, G), list(range(len(environments)))
-        seconds = {"environment": 0.0, "reread": 0.0}
+        seconds, turn = {"environment": 0.0, "reread": 0.0}, 0
         turns.write_turn(llm, talks, first.completion_ids, first.sampler_logps, first.lengths, first.finished)
         while True:
             with timed(seconds, "environment"):
                 rows = turns.show_observations(llm, talks, environments, rows, max_completion_length)
             if not rows:
                 return Rollout.of_conversations(prompts, talks, llm.pad_token_id, seconds)
+            turn += 1
             size = halve_to(len(talks), len(rows)) if self.decoder and self.decoder.uses_graphs else len(rows)
             padded = rows + rows[-1:] * (size - len(rows))  # few numbers of rows, hence few CUDA graphs
             with timed(seconds, "reread"):
@@ -296,9 +310,15 @@ class Sampler:
                 whole, state, read = turns.reread(llm, prompts, cache, [talks[row] for row in padded], prompt_of_row)
                 slots = round_up(whole.ids.shape[1] + max_completion_length, TURN_SLOTS)
                 decoder = self.roomy_decoder(size, slots)
-                decoder.start(whole, read, 1, temperature, self.generator, False)
+                uniform = self.uniform_numbers(padded, turn, max_completion_length)
+                decoder.start(whole, read, 1, temperature, self.generator, False, uniform)
             decoded = decoder.decode(state, max_completion_length)
             turns.write_turn(llm, [talks[row] for row in rows], *(tensor[: len(rows)] for tensor in decoded))
+
+    def uniform_numbers(self, rows: Sequence[int], turn: int, length: int) -> Tensor | None:
+        """The random numbers (b, length) in [0, 1) of these rows' turn; None: drawn from the generator, for each token
+        as many as there are rows that still decode."""
+        return None
 
     @contextlib.contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
@@ -311,10 +331,10 @@ class Sampler:
         finally:
             self.generator.set_state(state)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. A generator's state fits only its kind of device: on another one, sampling
         continues with new random numbers, whose seed is the check sum of that state, and prints a line."""
         saved = state["generator"]
@@ -336,6 +356,79 @@ class Sampler:
             kind = FusedDecoder if layers.has_fast_layers(self.llm.model) else Decoder
             self.decoder = kept = kind(self.llm, rows, slots)
         return kept
+
+
+class SharedSampler(Sampler):
+    """The sampler of a run that torchrun started: each process samples its share of the prompts, and all receive all
+    completions.
+
+    The random numbers of a row depend on the seed, the number of the row in the run and the turn alone, so that any
+    number of processes samples the same. `Sampler` draws other numbers.
+    """
+
+    def __init__(self, llm: LLM, seed: int = 0):
+        super().__init__(llm, seed)
+        self.seed = seed
+        self.rows_drawn = self.first_row = 0  # of all processes so far; the number of this process's first row
+
+    @torch.inference_mode(False)
+    def sample(
+        self,
+        examples: Prompts | Sequence[Example],
+        num_generations: int,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        ignore_eos: bool = False,
+        environments: Sequence[Environment] = (),
+    ) -> Rollout:
+        """As `Sampler.sample`; all processes call it with the same arguments and receive the same."""
+        prompts = examples if isinstance(examples, Prompts) else encode_prompts(self.llm, examples)
+        mine, part = parallel.share(len(prompts)), None
+        cpu = torch.device("cpu")  # from which completions are sent
+        first, end = mine.start * num_generations, mine.stop * num_generations
+        self.first_row = self.rows_drawn + first
+        if mine:
+            how = (num_generations, max_completion_length, temperature, ignore_eos, environments[first:end])
+            part = super().sample(prompts.rows(list(mine)), *how)
+            part = dataclasses.replace(part, prompts=prompts.rows([])).to(cpu)  # all have the prompts
+        if temperature:
+            self.rows_drawn += len(prompts) * num_generations
+        parts = [
+            dataclasses.replace(part, prompts=prompts.rows(list(parallel.share(len(prompts), number))).to(cpu))
+            for number, part in enumerate(parallel.gather(part))
+            if part is not None
+        ]
+        whole = Rollout.cat(parts).to(self.llm.device)
+        whole.seconds = {name: max(part.seconds[name] for part in parts) for name in parts[0].seconds}
+        return whole
+
+    def uniform_numbers(self, rows: Sequence[int], turn: int, length: int) -> Tensor:
+        drawn = [np.random.default_rng([self.seed, self.first_row + row, turn]) for row in rows]
+        numbers = np.stack([generator.random(length, dtype=np.float32) for generator in drawn])  # (b, length)
+        return torch.from_numpy(numbers).to(self.llm.device)
+
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Draw the numbers of `seed` inside the block; continue with those of before afterwards."""
+        before = self.seed, self.rows_drawn
+        self.seed, self.rows_drawn = seed, 0
+        try:
+            yield
+        finally:
+            self.seed, self.rows_drawn = before
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"rows_drawn": self.rows_drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, with any number of processes. After steps without torchrun, sampling
+        continues with numbers that no row has had."""
+        unused = (1 + zlib.crc32(bytes(state["generator"].tolist()))) << 32
+        self.rows_drawn = state.get("rows_drawn", unused)
+
+
+def pick_sampler(llm: LLM, seed: int = 0) -> Sampler:
+    return SharedSampler(llm, seed) if launched() else Sampler(llm, seed)
 
 
 @contextlib.contextmanager
@@ -383,6 +476,7 @@ class Decoder:
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # the column of the output written next
         self.ids = torch.zeros(max_rows, self.slots, dtype=torch.long, device=device)
         self.logps = torch.zeros(max_rows, self.slots, device=device)
+        self.uniform = torch.zeros(max_rows, self.slots, device=device)  # random numbers that were drawn beforehand
         self.lengths = torch.zeros(max_rows, dtype=torch.long, device=device)
 
     def start(
@@ -393,13 +487,18 @@ class Decoder:
         temperature: float,
         generator: torch.Generator,
         ignore_eos: bool,
+        uniform: Tensor | None = None,
     ) -> None:
-        """Set the buffers for B = Q·G rows whose prompts fill slots 0 … P-1."""
+        """Set the buffers for B = Q·G rows whose prompts fill slots 0 … P-1. `uniform` (B, T) are the random numbers to
+        sample with; None: those of the generator."""
         queries, prompt_length = prompts.ids.shape
         self.rows, self.prompt_length = queries * num_generations, prompt_length
         self.temperature, self.generator, self.ignore_eos = temperature, generator, ignore_eos
         self.positions[: self.rows] = prompts.next_positions().repeat_interleave(num_generations)
         self.alive[: self.rows] = True
+        self.draws = uniform is None
+        if uniform is not None:
+            self.uniform[: self.rows, : uniform.shape[1]] = uniform
         self.lengths.zero_()
         visible = prompts.mask.repeat_interleave(num_generations, 0)  # (B, P)
         self.bias.fill_(-torch.inf)
@@ -442,7 +541,10 @@ class Decoder:
 
     def keep_rows(self, keep: Tensor) -> None:
         """Keep only the rows `keep`, moved to the front of the same buffers."""
-        for buffer in (self.tokens, self.positions, self.alive, self.bias, self.ids, self.logps, self.lengths):
+        for buffer in (
+            *(self.tokens, self.positions, self.alive, self.bias),
+            *(self.ids, self.logps, self.uniform, self.lengths),
+        ):
             buffer[: len(keep)] = buffer[keep]
         self.keep_cache(keep)
         self.rows = len(keep)
@@ -469,8 +571,11 @@ class Decoder:
             tokens = logps.argmax(-1, keepdim=True)  # (b, 1)
             logps = logps.gather(1, tokens)  # (b, 1)
         else:
-            uniform = torch.rand(rows, 1, device=hidden.device, generator=self.generator).clamp_max_(BELOW_ONE)
-            tokens, logps = draw(logits, uniform)  # (b, 1) each
+            if self.draws:
+                uniform = torch.rand(rows, 1, device=hidden.device, generator=self.generator)
+            else:
+                uniform = self.uniform[:rows].index_select(1, self.column)  # (b, 1)
+            tokens, logps = draw(logits, uniform.clamp_max_(BELOW_ONE))  # (b, 1) each
         self.ids[:rows].index_copy_(1, self.column, tokens)
         self.logps[:rows].index_copy_(1, self.column, logps)
         self.lengths[:rows] += self.alive[:rows]  # counts the end-of-sequence token and nothing after it

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 import torch
 
-from config import Config
+import parallel
+from config import Config, launched
 from evaluator import RewardError, RewardEvaluator
 from llms import LLM
 from memory import plan_run
@@ -41,7 +42,7 @@ except ImportError:  # Windows
 # Flags that change no number, rounding aside, which a resumed run may give anew.
 MAY_CHANGE = {
     *("max_steps", "eval_steps", "save_steps", "save_total_limit", "max_minutes", "log_completions_steps"),
-    *("log_completions_groups", "report_to", "resume", "overwrite_output_dir", "output_dir", "eval_only"),
+    *("log_completions_groups", "report_to", "resume", "overwrite_output_dir", "output_dir", "eval_only", "fsdp_size"),
     "micro_batch_tokens",
 }
 NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")  # in torch's RuntimeError of a CPU
@@ -56,9 +57,11 @@ class Stateful(Protocol):
 
 
 class Run:
-    """One run, from opening its folder to its last words. Use it in a `with` block, which closes the folder.
+    """One run, from opening its folder to its last words. Use it in a `with` block, which closes the folder. Of several
+    processes only the first writes and shows anything.
 
-    Creating it refuses an output folder that cannot be used, before anything slow; nothing is written yet.
+    Creating it joins the other processes of the run, if there are any, and refuses an output folder that cannot be
+    used, before anything slow; nothing is written yet.
 
     Attributes:
         checkpoint: the checkpoint to resume from; None for a run that starts at step 0.
@@ -84,10 +87,12 @@ class Run:
         self.trackers = Trackers([], self.folder.path, {})
         self.phases: defaultdict[str, float] = defaultdict(float)  # seconds of this step by phase
         self.step_began: float | None = None
+        parallel.start(config.device)
         if not config.resume:
-            self.folder.check_new(config.overwrite_output_dir)
+            parallel.on_first(self.folder.check_new, config.overwrite_output_dir)
             return
-        self.checkpoint = self.folder.open_resume(None if config.resume == "newest" else config.resume)
+        named = None if config.resume == "newest" else config.resume
+        self.checkpoint = parallel.on_first(self.folder.open_resume, named)
         if self.checkpoint is None:
             refuse_if_checkpoints_are_gone(self.folder)
             print(f"the run in {self.folder.path} stopped before its first checkpoint: it starts again from step 0")
@@ -121,11 +126,11 @@ class Run:
             refuse_other_inputs(began, description)
             description["fingerprints"] = began.get("fingerprints", {}) | description["fingerprints"]
         else:
-            self.folder.open_new(config.overwrite_output_dir, checkpoint_bytes(llm), description)
+            parallel.on_first(self.folder.open_new, config.overwrite_output_dir, checkpoint_bytes(llm), description)
         print(setup_lines(config, llm, len(train_set), len(test_set)), plan_text, sep="\n", flush=True)
         if config.resume and not config.eval_only:
-            self.folder.truncate_after(self.saved["run"]["step"] if self.saved else -1)
-            self.folder.write_config(description)
+            parallel.on_first(self.folder.truncate_after, self.saved["run"]["step"] if self.saved else -1)
+            parallel.on_first(self.folder.write_config, description)
         return config
 
     def start(self, **parts: Stateful | None) -> int:
@@ -139,11 +144,13 @@ class Run:
             self.step, self.evals = state["step"], state["evals"]
             self.best_step, self.best_score = state["best_step"], state["best_score"]
             self.saved = None  # its tensors were copied
-        self.trackers = Trackers(self.config.report_to or [], self.folder.path, self.config.flags(), self.step)
-        dtype = str(self.llm.dtype).removeprefix("torch.")
-        self.progress = Progress(self.config, self.evaluator.headline, self.step, dtype)
-        if note := schedule_note(self.config, getattr(parts.get("optimizer"), "total_steps", self.config.max_steps)):
-            self.progress.say(note)
+        if parallel.rank() == 0:
+            self.trackers = Trackers(self.config.report_to or [], self.folder.path, self.config.flags(), self.step)
+            dtype = str(self.llm.dtype).removeprefix("torch.")
+            self.progress = Progress(self.config, self.evaluator.headline, self.step, dtype)
+            total_steps = getattr(parts.get("optimizer"), "total_steps", self.config.max_steps)
+            if note := schedule_note(self.config, total_steps):
+                self.progress.say(note)
         if self.config.max_minutes:
             self.deadline = time.monotonic() + 60 * self.config.max_minutes
         if threading.current_thread() is threading.main_thread():
@@ -159,26 +166,30 @@ class Run:
         trainer = {"run": state} | {name: part.state_dict() for name, part in self.parts.items()}
         card = model_card(self.config, self.description, self.evaluator.headline, self.evals, self.step)
         save = with_model_card(self.llm.save, card)
-        self.folder.save_checkpoint(self.step, save, trainer, self.config.save_total_limit, self.best_step)
+        kept = self.config.save_total_limit, self.best_step
+        parallel.on_first(self.folder.save_checkpoint, self.step, save, trainer, *kept)
 
     # --- stopping ---
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """Handle a signal: stop after this step. A second signal has its usual effect; but a second SIGHUP, which a
-        shell and the system both send, is ignored."""
+        shell and the system both send, is ignored. So are all further signals under torchrun, which passes on each that
+        it receives: Ctrl-C alone sends two."""
         self.signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if launched() else signal.SIG_DFL)
         if HANGUP:
             signal.signal(HANGUP, signal.SIG_IGN)
         if number == HANGUP:
             discard_output()
-        text = "stopping after this step and saving a checkpoint; press Ctrl-C again to stop now"
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        again = "" if launched() else "; press Ctrl-C again to stop now"
+        if parallel.rank() == 0:
+            print(f"\nstopping after this step and saving a checkpoint{again}", file=sys.stderr, flush=True)
 
     def should_stop(self) -> bool:
-        """After SIGINT, SIGTERM or SIGHUP, or when --max_minutes have passed."""
-        return self.signal is not None or time.monotonic() >= self.deadline
+        """After SIGINT, SIGTERM or SIGHUP, or when --max_minutes have passed; for any of the processes."""
+        self.signal = int(parallel.most(self.signal or 0)) or None
+        return self.signal is not None or parallel.most(time.monotonic() >= self.deadline) > 0
 
     def finish(self) -> int:
         """Print what changed, or how to resume. Returns the exit status."""
@@ -194,7 +205,7 @@ class Run:
 
     def finish_evaluation(self, metrics: dict[str, Any], groups: list[dict]) -> int:
         """Print the metrics of --eval_only; also write them, unless this evaluates an existing run."""
-        if not self.config.resume:
+        if not self.config.resume and parallel.rank() == 0:
             self.folder.log_eval(0, metrics, groups)
         for name, value in metrics.items():
             print(f"{name:32} {value:.6g}")
@@ -223,11 +234,12 @@ class Run:
         seconds = {f"seconds/{phase}": self.phases[phase] for phase in ("rollout", "reward", "loss")}
         tokens = record["tokens"] + record.get("resampled_tokens", 0)
         record |= {"tokens_per_second": tokens / total, **seconds, "seconds/total": total}
-        record["peak_memory_gb"] = peak_memory_gb(self.llm.device)
+        record["peak_memory_gb"] = parallel.most(peak_memory_gb(self.llm.device))
         self.phases.clear()
         self.step_began = None
         self.step = record["step"]
-        self.folder.log_step(record)
+        if parallel.rank() == 0:
+            self.folder.log_step(record)
         self.trackers.log("train", self.step, record)
         if self.progress:
             self.progress.step(record)
@@ -238,11 +250,13 @@ class Run:
             )
 
     def log_samples(self, groups: list[dict]) -> None:
-        self.folder.log_samples(self.step, groups)
+        if parallel.rank() == 0:
+            self.folder.log_samples(self.step, groups)
 
     def log_eval(self, metrics: dict[str, Any], groups: list[dict]) -> None:
         """Write an evaluation, and remember whether it is the best so far."""
-        self.folder.log_eval(self.step, metrics, groups)
+        if parallel.rank() == 0:
+            self.folder.log_eval(self.step, metrics, groups)
         self.trackers.log("eval", self.step, metrics)
         self.evals[self.step] = metrics
         headline = self.evaluator.headline
@@ -358,6 +372,7 @@ def describe_run(config: Config, llm: LLM, evaluator: RewardEvaluator) -> dict:
             "attn_implementation": llm.attn_implementation,
             "parameters": llm.num_parameters,
             "trainable_parameters": llm.num_trainable,
+            "processes": parallel.size(),
         },
         **hardware_and_versions(str(llm.device)),
         "task": {
@@ -387,7 +402,8 @@ def resume_command(config: Config) -> str:
         skip = text == "--resume"
         if text not in ("--resume", "--overwrite_output_dir") and not text.startswith("--resume="):
             kept.append(text)
-    return f"{PYTHON} {shlex.join(['main.py', *kept, '--resume'])}"
+    start = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)}" if launched() else PYTHON
+    return f"{start} {shlex.join(['main.py', *kept, '--resume'])}"
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -416,7 +432,7 @@ def exit_status(work: Callable[[Config], int], config: Config) -> int:
             raise
         # The message may quote what a model wrote, which must not control the terminal.
         text = "".join(c if c.isprintable() else "�" for c in " ".join(explain(error, config).split()))
-        print(f"main.py: {text}", file=sys.stderr)
+        parallel.report(error, text)
         return 2
 
 

@@ -12,10 +12,11 @@ TYPED = (
     *("main", "config", "evaluator", "rldatasets", "rollout", "prompts", "logprobs", "optimizer", "run", "batch"),
     *("progress", "model_checks", "number_checks", "answers", "llms", "layers", "adapters", "one_step"),
     *("turns", "environments", "visual_environments", "scene_generator", "data_files", "reporting", "memory"),
+    "parallel",
 )
 WITHOUT_TASKS = (
     *("main", "llms", "prompts", "logprobs", "rollout", "run", "run_folder", "batch", "optimizer", "layers"),
-    *("adapters", "turns", "memory"),
+    *("adapters", "parallel", "turns", "memory"),
 )
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 

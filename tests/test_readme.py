@@ -102,6 +102,7 @@ def test_every_file_it_names_exists():
 
 def test_it_names_only_flags_that_exist():
     known = {field.name for _, field in config.flag_fields()}
+    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
     assert set(re.findall(r"--([a-z_]{3,})", README)) <= known
 
 
