@@ -158,13 +158,18 @@ def shard(llm: LLM, fsdp_size: int) -> None:
             fully_shard(layer, **kept)
     fully_shard(model, reshard_after_forward=False, **kept)
     model.to(layers.wide(dtype))  # only now: each process makes its part of the float32 copy
-    type(model).gathered = lambda self, compute: compute()  # the class is the one that fully_shard made
+    type(model).gathered = call_and_clone  # of the class that fully_shard made for this model
     register_fsdp_forward_method(model, "gathered")
     llm.sharded = model
 
 
-def forward(model: Any, compute: Callable[[], T]) -> T:
-    """compute(), during which the weights of a sharded model are whole."""
+def call_and_clone(_model: Any, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """compute(), copied: FSDP cannot follow what happens to a view of another tensor."""
+    return tuple(tensor.clone() for tensor in compute())
+
+
+def forward(model: Any, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The tensors of compute(), during which the weights of a sharded model are whole."""
     return model.gathered(compute) if hasattr(model, "gathered") else compute()
 
 

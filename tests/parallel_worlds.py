@@ -2,11 +2,12 @@
 
     python tests/parallel_worlds.py PLAN.json
 
-PLAN.json is a list of worlds, {"size": 2, "runs": [{"argv": […], "fault": …}]}. The processes of a world are forked
-after the imports; each does all runs of its world one after the other, in float64. Prints a JSON list with one
-entry a world: the exit statuses of every process, run by run, and how long the world took. A process whose run raised
-does no further one. A fault is {"kind": …, "rank": …, "step": …}: "error" raises after that step, "signal" sends
-SIGTERM to that process alone, "nan" makes the gradients of its part of the loss NaN.
+PLAN.json is a list of worlds, {"size": 2, "runs": [{"argv": […], "fault": …, "layers": …}]}. The processes of a world are
+forked after the imports; each does all runs of its world one after the other, in float64, up to the first that fails.
+Prints a JSON list with an entry for each world: the exit statuses of every process, run by run, and the seconds it took.
+
+"layers": "transformers" leaves out layers.py, as on a GPU. A fault is {"kind": …, "rank": …, "step": …}: "error" raises
+after that step, "signal" sends SIGTERM to that process alone, "nan" makes the gradients of its part of the loss NaN.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import logprobs
 import main
 import optimizer
 import rollout
@@ -43,7 +45,9 @@ def work(rank: int, size: int, port: int, runs: list[dict], statuses) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rollout.SharedSampler = WideSampler
+    fast = logprobs.uses_fast_layers
     for number, one in enumerate(runs):
+        logprobs.uses_fast_layers = (lambda model: False) if one.get("layers") == "transformers" else fast
         with_fault(one.get("fault"), rank)
         config = dataclasses.replace(parse_args(one["argv"]), dtype="float64")
         status = run.exit_status(main.set_up_and_train, config)

@@ -35,13 +35,14 @@ def worlds(task_models, tmp_path_factory):
         ]
 
     plan = [
-        {"size": 1, "runs": same(1)},
+        {"size": 1, "runs": [*same(1), one("layers1", TEXT, layers="transformers")]},
         {
             "size": 2,
             "runs": [
                 *same(2),
                 one("text2 divided", f"{TEXT} --fsdp_size 2"),
-                one("vision2 divided", f"{VISION} --fsdp_size 2 --attn_implementation eager", "correlation"),
+                one("layers2 divided", f"{TEXT} --fsdp_size 2", layers="transformers"),
+                one("vision2 divided", f"{VISION} --fsdp_size 2", "correlation"),
                 one("skipped", TEXT, fault=NAN),
                 one("resumed", f"{TEXT} --fsdp_size 2", fault=SIGNAL),
             ],
@@ -90,10 +91,10 @@ def test_replicas_compute_what_one_process_does(worlds, task, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["text", "vision"])
-def test_divided_weights_learn_what_whole_ones_do(worlds, task):
-    """Text: one unit and layers.py. Vision: a unit for each layer and transformers' layers, as on a GPU."""
-    assert_same_run(worlds[0] / f"{task}2 divided", worlds[0] / f"{task}1")
+@pytest.mark.parametrize("name", ["text2 divided", "layers2 divided", "vision2 divided"])
+def test_divided_weights_learn_what_whole_ones_do(worlds, name):
+    """As one unit for layers.py; as a unit for each layer for transformers' layers, which a GPU runs."""
+    assert_same_run(worlds[0] / name, worlds[0] / f"{name.split('2')[0]}1")
 
 
 @pytest.mark.slow
