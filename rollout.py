@@ -423,6 +423,7 @@ class SharedSampler(Sampler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, with any number of processes. After steps without torchrun, sampling
         continues with numbers that no row has had."""
+        super().load_state_dict(state)
         unused = (1 + zlib.crc32(bytes(state["generator"].tolist()))) << 32
         self.rows_drawn = state.get("rows_drawn", unused)
 

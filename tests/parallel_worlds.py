@@ -2,9 +2,9 @@
 
     python tests/parallel_worlds.py PLAN.json
 
-PLAN.json is a list of worlds, {"size": 2, "runs": [{"argv": […], "fault": …, "layers": …}]}. The processes of a world are
-forked after the imports; each does all runs of its world one after the other, in float64, up to the first that fails.
-Prints a JSON list with an entry for each world: the exit statuses of every process, run by run, and the seconds it took.
+PLAN.json is a list of worlds, {"size": 2, "runs": [{"argv": […], "fault": …, "layers": …}]}. The processes of a world
+are forked after the imports; each does all runs of its world one after the other, in float64, until one fails. Prints a
+JSON list with an entry for each world: the exit statuses of every process, run by run, and the seconds it took.
 
 "layers": "transformers" leaves out layers.py, as on a GPU. A fault is {"kind": …, "rank": …, "step": …}: "error" raises
 after that step, "signal" sends SIGTERM to that process alone, "nan" makes the gradients of its part of the loss NaN.
