@@ -127,8 +127,7 @@ class Run:
             description["fingerprints"] = began.get("fingerprints", {}) | description["fingerprints"]
         else:
             parallel.on_first(self.folder.open_new, config.overwrite_output_dir, checkpoint_bytes(llm), description)
-        print(setup_lines(config, llm, len(train_set), len(test_set)), plan_text, sep="
-", flush=True)
+        print(setup_lines(config, llm, len(train_set), len(test_set)), plan_text, sep="\n", flush=True)
         if parallel.size() > 1:
             state = "all of" if config.fsdp_size == 1 else f"1/{config.fsdp_size} of"
             print(f"{parallel.size()} processes; each holds {state} the training state", flush=True)
