@@ -9,7 +9,7 @@ fast:  ## the tests that take seconds; run these after every edit
 	uv run pytest -m "not slow"
 
 test:  ## the whole suite
-	uv run pytest
+	uv run pytest -n 2
 
 lint:  ## ruff: rules and formatting, without changing a file
 	uv run ruff check .
