@@ -19,11 +19,12 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,6 +81,26 @@ def parameters(model: Any) -> dict[str, Tensor]:
     """The matrices A and B by their names in WEIGHTS; none for a model without adapters."""
     found = ((name, weight) for name, weight in model.named_parameters() if ".lora_" in name)
     return {f"base_model.model.{name.replace('.default', '')}": weight for name, weight in found}
+
+
+def base_of(module: Any) -> Any:
+    """The linear module without its adapter; any other module itself."""
+    return getattr(module, "base_layer", module)
+
+
+def added(product: Callable[[Tensor], Tensor], modules: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """x ↦ product(x) + (α / r) B A x, the adapters' part in float32, for modules whose outputs (b, out) lie side by
+    side in the product's; the product itself if they have no adapters, or disabled ones."""
+    if not all(hasattr(module, "lora_A") and not module.disable_adapters for module in modules):
+        return product
+    parts = [(one.lora_A.default.weight, one.lora_B.default.weight, one.scaling["default"]) for one in modules]
+
+    def adapted(x: Tensor) -> Tensor:
+        wide = x.to(parts[0][0].dtype)  # (b, in)
+        low_rank = [F.linear(F.linear(wide, A), B) * scale for A, B, scale in parts]  # (b, out) each
+        return (product(x) + torch.cat(low_rank, -1)).to(x.dtype)
+
+    return adapted
 
 
 @contextlib.contextmanager

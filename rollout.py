@@ -665,7 +665,7 @@ class FusedDecoder(Decoder):
 
         self.caches = [(zeros(), zeros()) for _ in self.text_model.layers]  # keys and values
         self.cos, self.sin = self.rotary_table()  # (S, D)
-        self.fused = fused_weights(self.text_model.layers)
+        self.fused, self.adapted = fused_weights(self.text_model.layers), adapters.has_adapters(llm.model)
         self.uses_graphs = llm.device.type == "cuda"
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.graph_memory: Any = None  # one pool for all graphs: they run in turn and keep nothing in it
@@ -680,10 +680,11 @@ class FusedDecoder(Decoder):
         return cos[0], sin[0]
 
     def start(self, prompts: Prompts, *args: Any) -> None:
-        first = self.text_model.layers[-1].self_attn.q_proj.weight
-        if self.fused and (adapters.has_adapters(self.llm.model) or first.data_ptr() != self.fused[-1][0].data_ptr()):
+        first = adapters.base_of(self.text_model.layers[-1].self_attn.q_proj).weight
+        adapted = adapters.has_adapters(self.llm.model)
+        if self.adapted != adapted or first.data_ptr() != self.fused[-1][0].data_ptr():
             # Since then the model was moved, its parameters were replaced, or it was given adapters.
-            self.fused = fused_weights(self.text_model.layers)
+            self.adapted, self.fused = adapted, fused_weights(self.text_model.layers)
             self.graphs.clear()
         super().start(prompts, *args)
 
@@ -750,40 +751,47 @@ class FusedDecoder(Decoder):
         return layers.run_layers(self.text_model, x, cos, sin, attend, self.products)
 
 
-def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, Tensor]] | None:
+def fused_weights(decoder_layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     """For each layer, the weights that are read together as one tensor, of which the parameters become views: see
     `layers.run_layers`.
 
-    There is still one copy: the optimizer updates the parameters in place, and the decode step sees the update. None
-    for layers with adapters, whose output such a product would lack.
+    There is still one copy: the optimizer updates the parameters in place, and the decode step sees the update.
     """
     fused = []
     for layer in decoder_layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        if any(hasattr(module, "lora_A") for module in (*qkv, mlp.gate_proj, mlp.up_proj)):
-            return None
-        bias = side_by_side(qkv, "bias") if attention.q_proj.bias is not None else None
-        fused.append((side_by_side(qkv, "weight"), bias, side_by_side((mlp.gate_proj, mlp.up_proj), "weight")))
+        qkv, gate_up = ([adapters.base_of(module) for module in modules] for modules in read_together(layer))
+        bias = side_by_side(qkv, "bias") if qkv[0].bias is not None else None
+        fused.append((side_by_side(qkv, "weight"), bias, side_by_side(gate_up, "weight")))
     return fused
 
 
-def fused_layers(decoder_layers: Sequence[Any], fused: list | None) -> list[layers.FusedLayer] | None:
-    """The products of a decode step for each layer, with the tensors of `fused_weights`; None without them."""
-    return fused and [
-        layers.FusedLayer(
-            layers.product(qkv, bias),
-            product_of(layer.self_attn.o_proj),
-            layers.product(gate_up),
-            product_of(layer.mlp.down_proj),
+def read_together(layer: Any) -> tuple[list[Any], list[Any]]:
+    """The linear modules of a layer that have the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+
+
+def fused_layers(decoder_layers: Sequence[Any], fused: list) -> list[layers.FusedLayer]:
+    """The products of a decode step for each layer, with the tensors of `fused_weights`, and with adapters if any."""
+    found = []
+    for layer, (weight, bias, gate_up_weight) in zip(decoder_layers, fused, strict=True):
+        qkv, gate_up = read_together(layer)
+        found.append(
+            layers.FusedLayer(
+                adapters.added(layers.product(weight, bias), qkv),
+                product_of(layer.self_attn.o_proj),
+                adapters.added(layers.product(gate_up_weight), gate_up),
+                product_of(layer.mlp.down_proj),
+            )
         )
-        for layer, (qkv, bias, gate_up) in zip(decoder_layers, fused, strict=True)
-    ]
+    return found
 
 
 def product_of(module: Any) -> Callable[[Tensor], Tensor]:
-    """`layers.product` of a linear module; any other module itself."""
-    return layers.product(module.weight, module.bias) if type(module) is torch.nn.Linear else module
+    """`layers.product` of a linear module, with its adapter if it has one; any other module itself."""
+    base = adapters.base_of(module)
+    plain = layers.product(base.weight, base.bias) if type(base) is torch.nn.Linear else base
+    return adapters.added(plain, [module])
 
 
 def side_by_side(modules: Sequence[Any], name: str) -> Tensor:

@@ -193,7 +193,7 @@ MUTATIONS = [
         "any_reference.model.requires_grad_(False)",
         "llm.model",
     ),
-    Mutation("adapters left out by the sampler", "fused_weights", "return None", "pass", ADAPTERS),
+    Mutation("adapters left out by the sampler", "added", "return adapted", "return product", ADAPTERS),
     Mutation("adapters not disabled in the reference", "without", "model.disable_adapters()", "pass", ADAPTERS),
     Mutation(
         "adapters without their scale",

@@ -105,6 +105,17 @@ def test_a_sampler_notices_adapters_that_are_added(load):
         torch.testing.assert_close(token_logps(llm, rollout).float(), rollout.sampler_logps, atol=2e-5, rtol=1e-5)
 
 
+def test_a_sampler_leaves_out_disabled_adapters(load):
+    """Also one that sampled with them before."""
+    llm = with_adapters(load("qwen2"))
+    sampler, base = Sampler(llm), Sampler(load("qwen2"))
+    before = sampler.sample(questions("qwen2"), 2, 8, 0.0)
+    with adapters.without(llm.model):
+        without = sampler.sample(questions("qwen2"), 2, 8, 0.0)
+    assert torch.equal(without.completion_ids, base.sample(questions("qwen2"), 2, 8, 0.0).completion_ids)
+    assert not torch.equal(without.completion_ids, before.completion_ids)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
 def test_gradients_are_those_of_dense_weights(load, monkeypatch, family):
     """With W' = W + s B A, dL/dA = s Bᵀ dL/dW' and dL/dB = s dL/dW' Aᵀ."""

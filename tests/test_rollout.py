@@ -460,7 +460,7 @@ def test_a_captured_step_asks_the_gpu_for_no_value(load, family, dtype, rank):
     with FakeTensorMode(), torch.inference_mode():
         decoder = fake_decoder(llm)
         before = tensors_of(decoder)
-        assert decoder.uses_graphs and (decoder.fused is None) == bool(rank) and len(before) > 10 + 2 * 2
+        assert decoder.uses_graphs and decoder.adapted == bool(rank) and len(before) > 10 + 2 * 2
         with OnGpu():
             for decoder.temperature, rows, window in ((0.0, 8, 64), (0.7, 4, 128)):
                 decoder.advance(rows, window)
