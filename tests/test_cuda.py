@@ -80,9 +80,10 @@ def test_sampler_and_trainer_agree(on_gpu, family, dtype):
 
 
 def greedy(llm: LLM, **inputs: torch.Tensor) -> torch.Tensor:
-    """(T,) what `generate` continues one prompt with."""
+    """(T,) what `generate` continues one prompt with, without the placeholders that the sampler excludes."""
     options = {"do_sample": False, "max_new_tokens": 30, "repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0}
     options |= {"eos_token_id": list(llm.eos_token_ids), "pad_token_id": llm.pad_token_id}
+    options["suppress_tokens"] = list(llm.excluded_token_ids) or None
     return llm.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
 
 
