@@ -128,7 +128,7 @@ def estimate(config: Config, shape: Shape, tokens: int) -> Plan:
     moved = shape.trained if training else 0
     head = shape.vocabulary * shape.hidden * shape.size if training and shape.head_trained else 0
     parts = 1 if config.eval_only else config.fsdp_size  # processes that divide the training state
-    gathered = 2 * shape.size * moved if shape.fast else 2 * (head + 2 * shape.size * moved // shape.layers)
+    gathered = 2 * shape.size * moved if shape.fast else 2 * (head + 2 * shape.size * moved // max(1, shape.layers))
     return Plan(
         libraries=shape.libraries,
         weights=shape.parameters * shape.size,

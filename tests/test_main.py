@@ -627,9 +627,9 @@ def test_evaluations_reuse_generator_and_decoder(load, monkeypatch):
     sampler, used = Sampler(llm, seed=7), []
     generator, state, start = sampler.generator, sampler.generator.get_state(), Decoder.start
 
-    def recorded(decoder, prompts, cache, num_generations, temperature, generator, ignore_eos):
+    def recorded(decoder, prompts, cache, num_generations, temperature, generator, *more):
         used.append((decoder, generator))
-        start(decoder, prompts, cache, num_generations, temperature, generator, ignore_eos)
+        start(decoder, prompts, cache, num_generations, temperature, generator, *more)
 
     monkeypatch.setattr(Decoder, "start", recorded)
     first = evaluation_of(llm, "--eval_samples 8", sampler=sampler)  # 24 rows at once: the most there will be

@@ -442,7 +442,7 @@ def fake_decoder(llm) -> FusedDecoder:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
                     kept[name] = torch.nn.Parameter(fake, False) if kept is module._parameters else fake
     decoder = FusedDecoder(llm, 8, 128)
-    decoder.generator, decoder.ignore_eos = None, False
+    decoder.generator, decoder.ignore_eos, decoder.draws = None, False, True
     decoder.products = rollout_module.fused_layers(decoder.text_model.layers, decoder.fused)
     decoder.head_product = layers.product(llm.model.get_output_embeddings().weight)
     return decoder

@@ -720,7 +720,7 @@ def test_a_failing_evaluator_stops_the_run(server, folder, method, calls):
 
 
 def test_an_example_that_cannot_be_made_is_named(server, folder):
-    status, output = server.run(folder, PICTURES, fault=(undrawable, 7), model="vision")
+    status, output = server.run(folder, PICTURES, fault=(undrawable, 11), model="vision")
     assert status == 2
     assert re.search(r"correlation-train-0-\d+.*no ink", one_line(output))
     assert len(records(folder)) > 0
