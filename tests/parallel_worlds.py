@@ -31,6 +31,8 @@ import rollout
 import run
 from config import parse_args
 
+SECONDS = 120  # for a world; then its processes end, also where they wait for each other or have lost their parent
+
 
 class WideSampler(rollout.SharedSampler):
     """The loss keeps log-probabilities in the dtype in which the sampler gives them: float64 here."""
@@ -42,6 +44,7 @@ class WideSampler(rollout.SharedSampler):
 
 
 def work(rank: int, size: int, port: int, runs: list[dict], statuses) -> None:
+    signal.alarm(SECONDS)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rollout.SharedSampler = WideSampler
@@ -51,7 +54,7 @@ def work(rank: int, size: int, port: int, runs: list[dict], statuses) -> None:
         with_fault(one.get("fault"), rank)
         config = dataclasses.replace(parse_args(one["argv"]), dtype="float64")
         status = run.exit_status(main.set_up_and_train, config)
-        statuses[rank, number] = status
+        statuses[rank * len(runs) + number] = status
         if status == 2:
             break
     sys.stderr.flush()
@@ -92,15 +95,13 @@ def world(size: int, runs: list[dict]) -> dict:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start, fork = time.perf_counter(), multiprocessing.get_context("fork")
-    with multiprocessing.Manager() as manager:
-        statuses = manager.dict()
-        processes = [fork.Process(target=work, args=(rank, size, port, runs, statuses)) for rank in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(180)
-            process.kill()
-        found = {f"{rank}": [statuses.get((rank, n)) for n in range(len(runs))] for rank in range(size)}
+    statuses = fork.Array("i", [-1] * (size * len(runs)), lock=False)  # -1: the run did not end
+    processes = [fork.Process(target=work, args=(rank, size, port, runs, statuses)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = {f"{rank}": statuses[rank * len(runs) : (rank + 1) * len(runs)] for rank in range(size)}
     return {"statuses": found, "seconds": time.perf_counter() - start}
 
 
