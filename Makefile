@@ -25,5 +25,5 @@ same:  ## compare the logged numbers with another commit: make same REV=main
 flags:  ## write docs/flags.md from config.py
 	uv run config.py > docs/flags.md
 
-mutations:  ## put 38 bugs in, one at a time, and check that a test notices each
+mutations:  ## put 34 bugs in, one at a time, and check that a test notices each
 	uv run tests/mutations.py

@@ -30,7 +30,6 @@ TESTS = ("tests/test_objectives.py", "tests/test_contracts.py")
 ADAPTERS = ("tests/test_adapters.py",)
 TURNS = ("tests/test_turns.py",)
 CAPTURED = ("tests/test_rollout.py::test_a_captured_step_asks_the_gpu_for_no_value",)
-PARALLEL = ("tests/test_parallel.py",)
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "plots", "docs", "benchmarks", "*.lock")
 TIMEOUT = 1200  # seconds
 # Imported once, before a process is forked for each bug: they take longer than most of the tests.
@@ -215,25 +214,6 @@ MUTATIONS = [
         "self.slot += 1",
         "self.slot[0] = self.slot.item() + 1",
         CAPTURED,
-    ),
-    Mutation("gradients of one process alone", "add_gradients", "size() == 1", "True", PARALLEL),
-    Mutation(
-        "statistics of one process alone", "accumulate_gradients", "parallel.total(any_sums)", "any_sums", PARALLEL
-    ),
-    Mutation("mean of the processes' gradients", "add_gradients", "float(size())", "1.0", PARALLEL),
-    Mutation(
-        "norm of a part of the gradient",
-        "MasterAdamW.step",
-        "parallel.whole(any_norm)",
-        "getattr(any_norm, '_local_tensor', any_norm)",
-        PARALLEL,
-    ),
-    Mutation(
-        "the same random numbers in every process",
-        "SharedSampler.sample",
-        "self.rows_drawn + first",
-        "self.rows_drawn",
-        PARALLEL,
     ),
 ]
 
