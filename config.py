@@ -29,7 +29,7 @@ from tiny_models import MAX_CONTEXT, RECIPES
 
 PROJECT = Path(__file__).with_name("pyproject.toml")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")  # names of transformers, and of the packages
-LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # several, Open MPI, MPICH
+LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # torchrun, accelerate and others; Open MPI; MPICH
 TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # the variables that it sets
 
 
@@ -189,7 +189,7 @@ class Config:
     )
     lora_alpha: int = flag(32, "α: the adapters' output is multiplied by α / r", 1)
 
-    micro_batch_tokens: int = flag(
+    micro_batch_tokens: int | None = flag(
         None,
         "tokens computed at once in the loss, which changes the result by rounding only: a number, or auto, up to 8192 "
         "as memory allows (default: auto)",

@@ -239,7 +239,7 @@ def accumulate_gradients(
         drift = old - rollout.sampler_logps[rows]  # (b, T) rounding: the sampler computes in another order
         weights = drift.exp().clamp(max=config.correction_cap) if config.importance_sampling_correction else None
         part, stats = grpo_loss(logps, old, ref, advantages[rows], mask[rows], config.objective, divisor, weights)
-        (factor * part).backward()
+        (factor * part).backward()  # factor 0: repeated, because other processes have more micro-batches
         loss = loss + factor * part.detach()
         sampled = rollout.sampled_mask[rows]  # (b, T)
         stats |= {"entropy": masked_mean(entropy, sampled), "sampler_logp_diff": masked_mean(drift.abs(), sampled)}

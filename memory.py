@@ -303,10 +303,13 @@ def shape_of(config: Config, llm: LLM, reference: LLM | None, dataset: Dataset) 
     heads = largest(getattr(text, "num_attention_heads", 1))
     head_size = getattr(text, "head_dim", None) or head.shape[1] // heads
     packed = packed_weights(llm)
-    process = max(held() - weights - packed * llm.dtype.itemsize, 0)  # the trial of the sampler has packed them already
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    divided = 0 if llm.sharded is None else 4 * trained // config.fsdp_size  # bytes of masters that are there already
+    # The trial of the sampler has packed its weights already.
+    process = max(held() - weights - divided - packed * llm.dtype.itemsize, 0)
     return Shape(
         parameters=llm.num_parameters,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trained=trained,
         size=llm.dtype.itemsize,
         layers=largest(getattr(text, "num_hidden_layers", 1)),
         hidden=head.shape[1],

@@ -111,7 +111,7 @@ class MasterAdamW:
 def zeros_in_one_block(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Zeros in the shapes and strides of `tensors`, as views of one block of memory."""
     sizes = [tensor.numel() for tensor in tensors]
-    parts = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device).split(sizes)
+    parts = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device).split(sizes)  # (n,) of each tensor
     pairs = zip(parts, tensors, strict=True)
     return [part.as_strided(tensor.shape, tensor.stride(), part.storage_offset()) for part, tensor in pairs]
 

@@ -184,13 +184,21 @@ def padded(micro_batches: list[list[int]], sharded: Any) -> Iterator[tuple[list[
 
 
 def add_gradients(parameters: Sequence[Tensor]) -> None:
-    """Add each parameter's gradient up over the processes."""
+    """Add each parameter's gradient up over the processes. One may lack a gradient that others have: that of the vision
+    tower, if its prompts have no pictures."""
     if size() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if is_divided(gradients[0]):
-        torch._foreach_mul_(gradients, float(size()))  # FSDP has averaged them
+    if is_divided(parameters[0]):
+        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(found, float(size()))  # FSDP has averaged them
         return
+    have = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)  # (parameters,)
+    dist.all_reduce(have, dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, somewhere in zip(parameters, have.tolist(), strict=True):
+        if somewhere:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
 

@@ -29,7 +29,7 @@ from clock_image_generator import ClockImageGenerator
 from correlation_generator import CorrelationGenerator, axis_limit
 from data_files import Columns, hub_table, jsonl_rows, own_rows, parquet_rows
 from environments import CALCULATOR, Calculator, Environment
-from evaluator import asked_format, checked_weight, get_evaluator
+from evaluator import asked_format, get_evaluator
 from progress import did_you_mean
 from scene_generator import SceneGenerator
 from visual_environments import FEEDBACK, ClockFeedback, CorrelationFeedback, Look
@@ -313,7 +313,6 @@ class ClockFeedbackDataset(ClockDataset):
         self.marked = marked
         self.feedback = checked_choice("feedback", feedback, FEEDBACK)
         self.view = checked_choice("view", view, ClockFeedback.views)
-        checked_weight(improvement)
         angles = [360 * i / count for i in range(count)]
         self.generators = [ClockImageGenerator(size, style, angle, second_hand, marked) for angle in angles]
 
@@ -351,7 +350,6 @@ class CorrelationFeedbackDataset(CorrelationDataset):
         super().__init__(*common, size=size, num_points=num_points, style=style)
         self.feedback = checked_choice("feedback", feedback, FEEDBACK)
         self.view = checked_choice("view", view, CorrelationFeedback.views)
-        checked_weight(improvement)
 
     def environment(self, example: Example) -> Environment:
         _, x, y = self.points(index_of(example))

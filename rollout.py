@@ -164,6 +164,7 @@ class Rollout:
         )
 
     def to(self, device: torch.device) -> Rollout:
+        """The same rollout with all tensors on a device."""
         tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -429,6 +430,7 @@ class SharedSampler(Sampler):
 
 
 def pick_sampler(llm: LLM, seed: int = 0) -> Sampler:
+    """The sampler of a run: under torchrun, one that all processes share."""
     return SharedSampler(llm, seed) if launched() else Sampler(llm, seed)
 
 

@@ -191,8 +191,9 @@ class Run:
 
     def should_stop(self) -> bool:
         """After SIGINT, SIGTERM or SIGHUP, or when --max_minutes have passed; for any of the processes."""
-        self.signal = int(parallel.most(self.signal or 0)) or None
-        return self.signal is not None or parallel.most(time.monotonic() >= self.deadline) > 0
+        found = parallel.gather((self.signal or 0, time.monotonic() >= self.deadline))
+        self.signal = max(number for number, _ in found) or None
+        return self.signal is not None or any(late for _, late in found)
 
     def finish(self) -> int:
         """Print what changed, or how to resume. Returns the exit status."""
