@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging
 
 import adapters
+import memory
 import parallel
 import turns
 from environments import Observation
@@ -202,6 +203,7 @@ def load_llm(
     Raises:
         ModelError: the model is not there, is incomplete, needs a token or remote code, or is one that this code cannot
             sample from and score.
+        OutOfMemory: its weights alone do not fit.
     """
     if settings := adapters.read_settings(model_path):
         return load_adapter(model_path, settings, device, dtype, attn_implementation, chat_template_kwargs, check)
@@ -222,6 +224,7 @@ def load_llm(
         auto_class: Any = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
         kind = pick_dtype(dtype, on, getattr(config.get_text_config(), "hidden_size", 0))
         attention = pick_attention(attn_implementation, on, kind, auto_class._model_mapping[type(config)])
+        memory.refuse_weights(auto_class, config, kind, on, name)
         how = {"dtype": kind, "attn_implementation": attention, "use_safetensors": True}
         checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for refuse_missing_tensors
         model, loaded = auto_class.from_pretrained(model_path, **how, **checked, **hub)
@@ -343,7 +346,7 @@ class readable_errors:  # lower case, like the context managers of the standard 
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ModelError):
+        if isinstance(error, Exception) and not isinstance(error, ModelError | memory.OutOfMemory):
             advice = advice_for(error, self.name, Path(self.name).is_dir())
             raise ModelError(f"the model {self.name!r} cannot be loaded: {advice}") from error
 

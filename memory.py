@@ -290,6 +290,26 @@ def number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def refuse_weights(auto_class: Any, config: Any, dtype: torch.dtype, device: torch.device, name: str) -> None:
+    """Refuse a model whose weights alone do not fit, before they are read.
+
+    Raises:
+        OutOfMemory: the weights in `dtype` need more than the free memory of `device`.
+    """
+    with torch.device("meta"):  # shapes without memory
+        model = auto_class.from_config(config)
+    needed, room = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize, room_of(device)
+    if room is None:
+        return
+    used = torch.cuda.memory_allocated(device) if device.type == "cuda" else held()
+    if needed > (free := room.free - used):
+        half = " or --dtype bfloat16" if dtype.itemsize > 2 else ""
+        raise OutOfMemory(
+            f"the weights of {name} need {in_gb(needed)} in {str(dtype).removeprefix('torch.')}, and {in_gb(free)} of "
+            f"{in_gb(room.total)} are free: choose a smaller model{half}"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a loaded model to a decision
 

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_objectives.py", "tests/test_contracts.py")
 ADAPTERS = ("tests/test_adapters.py",)
 TURNS = ("tests/test_turns.py",)
+PARALLEL = ("tests/test_parallel.py",)
 CAPTURED = ("tests/test_rollout.py::test_a_captured_step_asks_the_gpu_for_no_value",)
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "plots", "docs", "benchmarks", "*.lock")
 TIMEOUT = 1200  # seconds
@@ -207,6 +208,42 @@ MUTATIONS = [
         "model.parameters()",
         "model.requires_grad_().parameters()",
         ADAPTERS,
+    ),
+    Mutation(
+        "processes: each updates with its own gradients",
+        "add_gradients",
+        "[dist.all_reduce(gradient, async_op=True) for gradient in gradients]",
+        "[]",
+        PARALLEL,
+    ),
+    Mutation(
+        "processes: a gradient that one of them lacks is left out of its sums",
+        "add_gradients",
+        "have.tolist()",
+        "[parameter.grad is not None for parameter in parameters]",
+        PARALLEL,
+    ),
+    Mutation("processes: gradients averaged, not added", "add_gradients", "float(size())", "1.0", PARALLEL),
+    Mutation(
+        "processes: loss and statistics of one alone",
+        "accumulate_gradients",
+        "parallel.total((loss, sums))",
+        "(loss, sums)",
+        PARALLEL,
+    ),
+    Mutation(
+        "processes: norm of a part of the gradient",
+        "MasterAdamW.step",
+        "parallel.whole(torch.nn.utils.clip_grad_norm_(self.masters, largest))",
+        "torch.nn.utils.get_total_norm([getattr(one.grad, '_local_tensor', one.grad) for one in self.masters])",
+        PARALLEL,
+    ),
+    Mutation(
+        "processes: the same random numbers in each",
+        "SharedSampler.sample",
+        "self.rows_drawn + first",
+        "self.rows_drawn",
+        PARALLEL,
     ),
     Mutation(
         "a CUDA graph's step asks the GPU for a value",

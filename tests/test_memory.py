@@ -11,6 +11,7 @@ import torch
 from runs import one_line, read, records, small_flags
 from sampling import draw
 from small_models import questions, small_config
+from transformers import AutoModelForCausalLM
 
 import memory
 from llms import recompute_activations
@@ -269,9 +270,18 @@ def test_a_run_prints_its_plan_and_logs_the_number(small_run, capsys):
 
 
 def test_a_run_that_cannot_fit_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(memory, "held", lambda: 0)  # of this process, in which other tests ran
     monkeypatch.setattr(memory, "room_of", lambda device: Room(GB // 100, 4 * GB))
     line = refused("--beta", "0.1")
     assert "0.010 GB of 4.0 GB" in line and "--micro_batch_tokens 256" in line
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(refused, monkeypatch):
+    monkeypatch.setattr(memory, "held", lambda: 0)
+    monkeypatch.setattr(memory, "room_of", lambda device: Room(GB // 10**6, 4 * GB))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    line = refused("--dtype", "float32")
+    assert "GB in float32, and 0.000 GB of 4.0 GB are free" in line and "--dtype bfloat16" in line
 
 
 def enlarge(folder, target) -> None:
