@@ -370,7 +370,7 @@ def run_tests(tests: tuple[str, ...], file: str | None = None, text: str = "") -
     seconds = time.perf_counter() - start
     if process.exitcode == 0:
         return None, seconds
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE)
     if process.exitcode != 1 or not failed:  # 1: a test failed
         sys.exit(f"pytest itself failed ({process.exitcode}):\n{printed[-6000:]}")
     return failed[1].removeprefix("tests/"), seconds
