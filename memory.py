@@ -202,6 +202,8 @@ def activation_bytes(config: Config, shape: Shape, tokens: int) -> int:
     layer = n * (4 * H + 2 * queries + 2 * inner)
     if slow := not shape.fast or config.gradient_checkpointing:
         layer += n * (2 * H * wide + 2 * queries + 2 * inner)
+    if config.lora_rank:  # frozen weights keep no input; each adapter keeps its own in float32, and silu is kept too
+        layer += n * (inner - 2 * H + wide * (5 * H + queries + inner) if wide > 1 else 2 * inner)
     if shape.query_norm:
         layer += n * (queries + keys) * (1 + wide if slow else 1)
     layer += int(rows * (P + T)) * 2 * keys  # each row has the keys and values of its prompt

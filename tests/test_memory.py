@@ -13,6 +13,7 @@ from sampling import draw
 from small_models import questions, small_config
 from transformers import AutoModelForCausalLM
 
+import adapters
 import memory
 from llms import recompute_activations
 from logprobs import token_logps
@@ -95,6 +96,16 @@ def test_activations_are_what_autograd_keeps(load, family, fast):
     whole, none = (planned_activations(settings(), llm, family, rollout, layers) for layers in (2, 0))
     computed = (whole - none) / 2  # the layer being computed, which is planned beside those that are kept
     assert kept_bytes(llm, rollout) == pytest.approx(whole - computed, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_keep_what_was_planned(load, dtype):
+    pytest.importorskip("peft")
+    llm = load("qwen2", dtype, "sdpa")
+    adapters.add(llm, 1, 32)
+    rollout, config = draw(llm, "qwen2", ignore_eos=True), settings("--lora_rank 1")
+    whole, none = (planned_activations(config, llm, "qwen2", rollout, layers) for layers in (2, 0))
+    assert kept_bytes(llm, rollout) == pytest.approx(whole - (whole - none) / 2, rel=0.15)
 
 
 def test_recomputing_keeps_what_was_planned(load):
