@@ -225,10 +225,7 @@ def load_llm(
         kind = pick_dtype(dtype, on, getattr(config.get_text_config(), "hidden_size", 0))
         attention = pick_attention(attn_implementation, on, kind, auto_class._model_mapping[type(config)])
         memory.refuse_weights(auto_class, config, kind, on, name)
-        how = {"dtype": kind, "attn_implementation": attention, "use_safetensors": True}
-        checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for refuse_missing_tensors
-        model, loaded = auto_class.from_pretrained(model_path, **how, **checked, **hub)
-        refuse_missing_tensors(loaded, name)
+        model = read_model(auto_class, name, dtype=kind, attn_implementation=attention, **hub)
         model = model.to(on)
     # The pad token often ends turns inside prompts too: with a padding_idx its embedding would not be trained.
     model.get_input_embeddings().padding_idx = None
@@ -251,6 +248,14 @@ def load_llm(
     check_numbers(llm)
     copy_from_file(model)
     return llm
+
+
+def read_model(auto_class: Any, name: str, **how: Any) -> Any:
+    """A model of transformers with the weights of its files, none missing. `how`: keywords of `from_pretrained`."""
+    checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for refuse_missing_tensors
+    model, loaded = auto_class.from_pretrained(name, use_safetensors=True, **checked, **how)
+    refuse_missing_tensors(loaded, name)
+    return model
 
 
 def copy_from_file(model: Any) -> None:
