@@ -292,6 +292,10 @@ def number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# From a model to a decision
+
+
 def refuse_weights(auto_class: Any, config: Any, dtype: torch.dtype, device: torch.device, name: str) -> None:
     """Refuse a model whose weights alone do not fit, before they are read.
 
@@ -305,15 +309,11 @@ def refuse_weights(auto_class: Any, config: Any, dtype: torch.dtype, device: tor
         return
     used = torch.cuda.memory_allocated(device) if device.type == "cuda" else held()
     if needed > (free := room.free - used):
-        half = " or --dtype bfloat16" if dtype.itemsize > 2 else ""
+        smaller = " or --dtype bfloat16" if dtype.itemsize > 2 else ""
         raise OutOfMemory(
             f"the weights of {name} need {in_gb(needed)} in {str(dtype).removeprefix('torch.')}, and {in_gb(free)} of "
-            f"{in_gb(room.total)} are free: choose a smaller model{half}"
+            f"{in_gb(room.total)} are free: choose a smaller model{smaller}"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a loaded model to a decision
 
 
 def shape_of(config: Config, llm: LLM, reference: LLM | None, dataset: Dataset) -> Shape:
