@@ -36,7 +36,7 @@ from run import exit_status
 from tiny_models import tiny_model
 
 FLAGS = "--model_path tiny --dataset_name arithmetic --prompts_per_step 2 --num_generations 4 --max_steps 21 "
-FLAGS += "--lr_scheduler_type constant --beta 0.04 --device cpu --dtype float32"
+FLAGS += "--learning_rate 1e-4 --lr_scheduler_type constant --beta 0.04 --device cpu --dtype float32"
 MOST_BATCHES = 200  # sampled in search of a step in which both groups have different rewards
 
 # ---------------------------------------------------------------------------------------------------------------------
