@@ -64,6 +64,14 @@ def test_the_committed_page_has_the_script_s_text(printed):
     assert text_of(COMMITTED) == text_of(printed)
 
 
+def test_the_committed_page_has_the_script_s_flags():
+    """Its text is compared without numbers, and these do not depend on the machine."""
+    config = parse_args(one_step.FLAGS.split())
+    batch = config.prompts_per_step * config.num_generations
+    assert settings(COMMITTED) == (config.num_generations, batch, config.objective.beta)
+    assert float(re.search(r"the learning rate,\s([\d.]+)\.", COMMITTED)[1]) == config.learning_rate
+
+
 def test_advantages_follow_from_the_rewards(page):
     group, batch, _ = settings(page)
     rows = tables(page)["A"]
