@@ -7,6 +7,8 @@ shown; with the others it is shown as many pictures and words, which cannot help
     original   the question's picture again: one more look, without the tool
     blank      a white picture
     random     the drawing for a random cell or answer, whatever the model wrote
+    shifted    the drawing for the next cell, a time one hour later, or a correlation that differs by 0.5: does what
+               the model answers then move with the drawing?
     none       the words without a picture
 
 What is drawn depends on the example's pictures and id and on what the model wrote, and never on the right answer.
@@ -31,7 +33,7 @@ from scene_generator import Scene, SceneGenerator
 if TYPE_CHECKING:
     from rldatasets import Example
 
-FEEDBACK = ("real", "original", "blank", "random", "none")
+FEEDBACK = ("real", "original", "blank", "random", "shifted", "none")
 
 
 class PictureEnvironment(Environment):
@@ -60,6 +62,10 @@ class PictureEnvironment(Environment):
         """Something random that `draw` can draw instead."""
 
     @abstractmethod
+    def shifted(self, found: Any) -> Any:
+        """What `draw` draws instead for `shifted` feedback."""
+
+    @abstractmethod
     def words(self, found: Any) -> str:
         """The text below the picture."""
 
@@ -67,16 +73,22 @@ class PictureEnvironment(Environment):
         if self.is_over(text):
             return None
         self.turn += 1
-        original, found = self.example.images[0], self.read(text)
+        found = self.read(text)
         if found is None:
-            return Observation(self.unreadable, (original,), malformed=True)
-        if self.feedback == "real":
-            picture = self.draw(found)
-        elif self.feedback == "random":
-            picture = self.draw(self.other(np.random.default_rng([zlib.crc32(self.example.id.encode()), self.turn])))
-        else:
-            picture = original if self.feedback == "original" else Image.new("RGB", original.size, "white")
-        return Observation(self.words(found), () if self.feedback == "none" else (picture,))
+            return Observation(self.unreadable, tuple(self.example.images[:1]), malformed=True)
+        pictures = () if self.feedback == "none" else (self.picture(found),)
+        return Observation(self.words(found), pictures)
+
+    def picture(self, found: Any) -> Image.Image:
+        """What the option `feedback` shows for what `read` found."""
+        original = self.example.images[0]
+        if self.feedback == "original":
+            return original
+        if self.feedback == "blank":
+            return Image.new("RGB", original.size, "white")
+        if self.feedback == "random":
+            found = self.other(np.random.default_rng([zlib.crc32(self.example.id.encode()), self.turn]))
+        return self.draw(self.shifted(found) if self.feedback == "shifted" else found)
 
     def is_over(self, text: str) -> bool:
         """Whether a turn ends the episode before its last turn."""
@@ -106,6 +118,9 @@ class Look(PictureEnvironment):
 
     def other(self, rng: np.random.Generator) -> int:
         return int(rng.integers(self.generator.cells)) + 1
+
+    def shifted(self, found: int) -> int:
+        return found % self.generator.cells + 1
 
     def words(self, found: int) -> str:
         return "What colour is the odd shape?"
@@ -139,6 +154,10 @@ class ClockFeedback(PictureEnvironment):
     def other(self, rng: np.random.Generator) -> tuple[int, int, int]:
         hour, minute, second = (int(rng.integers(end)) for end in (12, 60, 60))
         return hour, minute, second
+
+    def shifted(self, found: tuple[int, int, int]) -> tuple[int, int, int]:
+        hour, minute, second = found
+        return hour % 12 + 1, minute, second
 
     def words(self, found: tuple[int, int, int]) -> str:
         return "This is your answer, drawn. Answer again."
@@ -175,6 +194,9 @@ class CorrelationFeedback(PictureEnvironment):
 
     def other(self, rng: np.random.Generator) -> float:
         return float(rng.uniform(-1, 1))
+
+    def shifted(self, found: float) -> float:
+        return found + 0.5 if found <= 0.5 else found - 0.5
 
     def words(self, found: float) -> str:
         return "This is your answer, drawn. Answer again."

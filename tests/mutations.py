@@ -138,6 +138,20 @@ MUTATIONS = [
         TURNS,
     ),
     Mutation(
+        "turns: observations in a normalizer",
+        "accumulate_gradients",
+        "loss_divisor(config.objective, mask, any_length)",
+        "loss_divisor(config.objective, rollout.completion_mask, any_length)",
+        TURNS,
+    ),
+    Mutation(
+        "turns: padding of shorter conversations visible",
+        "with_completions",
+        "torch.cat([prompts.mask, mask], 1)",
+        "torch.cat([prompts.mask, torch.ones_like(mask)], 1)",
+        TURNS,
+    ),
+    Mutation(
         "turns: end of sequence left out of the next turn",
         "Conversation.write",
         "self.append(ids, any_positions)",

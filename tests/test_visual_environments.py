@@ -64,6 +64,22 @@ def test_each_feedback_shows_what_it_says(task):
     assert not np.array_equal(shown["random"][0], original)
 
 
+@pytest.mark.parametrize(
+    ("task", "text", "drawn"),
+    [
+        ("look", "2", "3"),
+        ("look", "4", "1"),
+        ("clock_feedback", "<answer>03:40:10</answer>", "<answer>04:40:10</answer>"),
+        ("clock_feedback", "<answer>12:00:00</answer>", "<answer>01:00:00</answer>"),
+        ("correlation_feedback", "<answer>0.25</answer>", "<answer>0.75</answer>"),
+        ("correlation_feedback", "<answer>0.75</answer>", "<answer>0.25</answer>"),
+    ],
+)
+def test_shifted_feedback_says_the_same_of_another_drawing(task, text, drawn):
+    shown, real = first_observation(dataset_of(task, "shifted"), 3, text), first_observation(dataset_of(task), 3, drawn)
+    assert shown.text == real.text and shown.images[0].tobytes() == real.images[0].tobytes()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_random_feedback_does_not_depend_on_the_text(task):
     other = {
