@@ -93,7 +93,9 @@ def column_of(run: Path) -> dict[str, str]:
     follow = answers_that_follow(dataset, real, shifted)
     same = sum(before[-1] == after[-1] for before, after in zip(real, shifted, strict=True)) / len(real)
     column["`shifted`: last answers that change"] = f"{100 * (1 - same):.0f} %"
-    column["`shifted`: follow the drawing"] = f"{sum(follow) / len(follow):.2f}".replace("-0.00", "0.00") if follow else "–"
+    column["`shifted`: follow the drawing"] = (
+        f"{sum(follow) / len(follow):.2f}".replace("-0.00", "0.00") if follow else "–"
+    )
     return column
 
 
