@@ -9,6 +9,7 @@ thousand answers. A single greedy evaluation can change by twenty minutes with t
 
 import dataclasses
 import json
+import os
 import statistics
 
 import pytest
@@ -46,3 +47,21 @@ def test_flipped_advantages_do_not_lower_it(warm_model, tmp_path, monkeypatch):
     monkeypatch.setattr(main, "group_advantages", lambda *args: -right(*args))
     before, after = errors(warm_model, tmp_path / "run")
     assert after > before - 10
+
+
+@pytest.mark.skipif("GRPO_LONG_TESTS" not in os.environ, reason="ten minutes: set GRPO_LONG_TESTS=1")
+def test_a_tool_is_learned_and_used(tmp_path):
+    """The tiny model of `look` asks for the odd cell and names its colour, which it cannot when the cell is white."""
+
+    def accuracy(folder) -> float:
+        metrics = max((folder / "eval_logs").glob("metrics_*.json"))
+        return json.loads(metrics.read_text())["accuracy"]
+
+    run, blank = tmp_path / "run", tmp_path / "blank"
+    assert main.main(["--model_path", "tiny", "--dataset_name", "look", "--output_dir", str(run)]) == 0
+    flags = "--dataset_name look --eval_only --eval_size 256 --max_prompt_length 128 --max_completion_length 16"
+    checkpoint = max((run / "checkpoints").glob("step_*"))
+    flags = ["--model_path", str(checkpoint), *flags.split(), "--dataset_options", "size=56", "feedback=blank"]
+    assert main.main([*flags, "--output_dir", str(blank)]) == 0
+    assert accuracy(run) > 0.9
+    assert accuracy(blank) < 0.35  # chance is 0.25
