@@ -298,7 +298,7 @@ RECIPES: dict[str, Recipe] = {
             "num_generations": 16,
             "max_completion_length": 16,
             "learning_rate": 2e-4,
-            "beta": 0.0,
+            "beta": 0.1,
         },
     ),
     "clock_feedback": Recipe(
