@@ -56,8 +56,8 @@ def answers_that_follow(dataset: Dataset, real: list[list[str]], shifted: list[l
     for index, (before, after) in enumerate(zip(real, shifted, strict=True)):
         environment = dataset.environments([dataset[index]])[0]
         assert isinstance(environment, PictureEnvironment)
-        asked = environment.read(before[0])
-        if asked is None or len(before) < 2:
+        asked = environment.read(after[-2]) if len(after) > 1 else None
+        if asked is None:
             continue
         shown = environment.shifted(asked)
         if dataset.name == "look":
