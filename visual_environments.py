@@ -75,7 +75,7 @@ class PictureEnvironment(Environment):
         self.turn += 1
         found = self.read(text)
         if found is None:
-            return Observation(self.unreadable, tuple(self.example.images[:1]), malformed=True)
+            return Observation(self.unreadable, (self.example.images[0],), malformed=True)
         pictures = () if self.feedback == "none" else (self.picture(found),)
         return Observation(self.words(found), pictures)
 

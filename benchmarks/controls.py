@@ -21,7 +21,7 @@ from curves import execute, metrics, newest_checkpoint
 from evaluator import get_evaluator
 from progress import format_value
 from rldatasets import Dataset, dataset_options, get_dataset
-from visual_environments import FEEDBACK, PictureEnvironment
+from visual_environments import FEEDBACK, Look, PictureEnvironment
 
 FLAGS = ("dataset_name", "eval_size", "max_prompt_length", "max_completion_length", "max_turns", "dtype")
 HALF_DIAL = 6.0  # hours
@@ -60,7 +60,7 @@ def answers_that_follow(dataset: Dataset, real: list[list[str]], shifted: list[l
         if asked is None:
             continue
         shown = environment.shifted(asked)
-        if dataset.name == "look":
+        if isinstance(environment, Look):
             follow.append(float(environment.scene.colours[shown - 1] in after[-1]))
             continue
         answers = [environment.read(texts[-1]) for texts in (before, after)]

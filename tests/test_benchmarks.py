@@ -99,7 +99,7 @@ def test_a_look_follows_if_it_names_what_was_shown(controls):
 @pytest.mark.slow
 def test_controls_evaluate_the_last_checkpoint_of_a_run(controls, small_run, monkeypatch, capsys):  # noqa: F811
     task = "--dataset_name correlation_feedback --dataset_options size=32 style=bold --max_prompt_length 200"
-    run = small_run("correlation", task, "--max_steps 2")
+    run = small_run("correlation", task)  # checkpoints after steps 2 and 4
     commands = []
 
     def execute(folder, *flags):
@@ -113,7 +113,7 @@ def test_controls_evaluate_the_last_checkpoint_of_a_run(controls, small_run, mon
     table = capsys.readouterr().out.split("\n\n")[-1]
     rows = [re.split(r" *\| *", line.strip("| ")) for line in table.strip().splitlines()]
     assert [row[0] for row in rows[3:9]] == [f"`{feedback}`" for feedback in controls.FEEDBACK]
-    assert {str(run / "checkpoints" / "step_000002")} == {flags[flags.index("--model_path") + 1] for flags in commands}
+    assert {str(run / "checkpoints" / "step_000004")} == {flags[flags.index("--model_path") + 1] for flags in commands}
     assert [flags[-1] for flags in commands] == [f"feedback={feedback}" for feedback in controls.FEEDBACK]
     last = float(rows[3][1])
     assert last == pytest.approx(controls.metrics(run, -1)["last_error"], abs=0.001)  # of the run's own evaluation
